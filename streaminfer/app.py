@@ -1,0 +1,304 @@
+"""The composition root: the only place that wires spec, plan and transport into workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from streaminfer.client import Client
+from streaminfer.errors import StreaminferError
+from streaminfer.metrics import Metrics
+from streaminfer.plan import Plan
+from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
+from streaminfer.runtime.outbox import Outbox
+from streaminfer.runtime.receive import Envelopes, Raw
+from streaminfer.runtime.sink import Order, watermark
+from streaminfer.runtime.steps import Step, chain
+from streaminfer.runtime.worker import Limits, Worker
+from streaminfer.spec import BatchSpec, PipelineSpec
+from streaminfer.telemetry import serve
+from streaminfer.topology import SINK, Topology, WorkerSpec, build, topic_specs, window
+from streaminfer.transport import Admin, Consumer, Listener, Producer, TopicPartition, Transport
+from streaminfer.transport.memory import MemoryTransport
+
+__all__ = ["Deployment", "LocalPipeline", "run_worker"]
+
+STALE = 60.0  # seconds without a turn of the loop after which /livez says no
+KEPT = 20_000  # answers that the memory bus keeps per partition
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A pipeline on its topics: all that a worker is made of."""
+
+    spec: PipelineSpec
+    plan: Plan
+    folder: Path  # of the plan
+    topology: Topology
+    transport: Transport
+    partitions: int
+    history: bool = True  # keep read records for a while, as the file says
+
+    @classmethod
+    async def open(
+        cls, spec: PipelineSpec, plan: Plan, folder: Path, transport: Transport, **options: bool
+    ) -> Self:
+        """Look at the topics. Raises TopicError if one is missing or has other partitions."""
+        topology = build(spec, plan)
+        async with transport.admin() as admin:
+            found = await admin.topics(topology.topics())
+        partitions = topology.check(found)
+        return cls(spec, plan, folder, topology, transport, partitions, **options)
+
+    @asynccontextmanager
+    async def worker(
+        self, name: str, metrics: Metrics, stop: asyncio.Event
+    ) -> AsyncIterator[Worker]:
+        """Make the worker of a stage (or "sink") and its connections; run it inside the block."""
+        role = self.topology.worker(name)
+        async with self.transport.admin() as admin, self.transport.producer() as producer:
+            make = self._sink if role.name == SINK else self._stage
+            yield make(role, metrics, stop, admin, self._outbox(role, metrics, producer))
+
+    def _outbox(self, role: WorkerSpec, metrics: Metrics, producer: Producer) -> Outbox:
+        return Outbox(
+            producer,
+            metrics.stage(role.name),
+            target=role.target,
+            sink=self.topology.sink_topic,
+            max_record_bytes=self.spec.kafka.max_record_bytes,
+        )
+
+    def _sink(
+        self, role: WorkerSpec, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
+    ) -> Worker:
+        stage = metrics.stage(role.name)
+        return Worker(
+            self._consume(role),
+            Envelopes(role.name, None, stage, max_bytes=self._message_bytes()),
+            Order(self.plan, self.topology.output_topic, metrics),
+            outbox,
+            stage,
+            stop,
+            limits=Limits(serial=True, commit_every=0.1),
+            trimmer=self._trimmer(admin),
+        )
+
+    def _stage(
+        self, role: WorkerSpec, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
+    ) -> Worker:
+        from streaminfer.runtime.compute import forward  # torch: only a worker that computes
+
+        batch = self.spec.batch_of(role.stages[0])
+        first = role.stages[0] == self.plan.stages[0].name
+        steps: list[Step] = [
+            forward(self.spec, self.plan, self.folder, stage, metrics.stage(stage))
+            for stage in role.stages
+        ]
+        limits = Limits(samples=self._inflight(role, batch), nbytes=self._budget())
+        stage = metrics.stage(role.name)
+        if not first:
+            intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
+            return Worker(
+                self._consume(role), intake, chain(*steps), outbox, stage, stop,
+                limits=limits, trimmer=self._trimmer(admin),
+            )  # fmt: skip
+        flow = Window(window(self.spec, self.plan, self.partitions))
+        metrics.window.labels(self.spec.pipeline).set(flow.size)
+        return Worker(
+            self._consume(role),
+            Raw(batch, flow),
+            chain(self._ingest(flow, metrics), *steps),
+            outbox,
+            stage,
+            stop,
+            limits=limits,
+            trimmer=None if self.history else self._trimmer(admin),
+            watches=(self._watch(admin, flow),),
+        )
+
+    def _ingest(self, flow: Window, metrics: Metrics) -> Step:
+        from streaminfer.runtime.ingest import Ingest
+
+        threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+        return Ingest(self.plan, flow, metrics.stage(self.plan.stages[0].name), threads=threads)
+
+    def _watch(self, admin: Admin, flow: Window) -> WindowWatch:
+        from streaminfer.runtime.ingest import chain_at
+
+        sink = self.topology.worker(SINK)
+        return WindowWatch(
+            admin, flow, group=sink.group, topic=sink.source, read=watermark, write=chain_at
+        )
+
+    def _consume(self, role: WorkerSpec) -> Callable[[Listener], Consumer]:
+        return lambda listener: self.transport.consumer([role.source], role.group, listener)
+
+    def _trimmer(self, admin: Admin) -> Trimmer:
+        kafka = self.spec.kafka
+        if self.history:
+            share = max(1, kafka.history_bytes // self.partitions)
+            return Trimmer(admin, kafka.history, share)
+        return Trimmer(admin, 0.0, 0)
+
+    def _inflight(self, role: WorkerSpec, batch: BatchSpec) -> int:
+        """Samples in hand: one batch received, one computed, one sent, and one per local edge."""
+        return batch.max * (3 + len(role.stages))
+
+    def _budget(self) -> int:
+        return max(self.spec.memory // 4, 16_000_000)
+
+    def _message_bytes(self) -> int:
+        """The largest message a stage may be sent: a batch of the widest edge, and its header."""
+        widest = max(sum(t.row_bytes() for t in stage.outputs) for stage in self.plan.stages)
+        return 64_000_000 + 1024 * widest
+
+
+async def run_worker(
+    deployment: Deployment,
+    name: str,
+    stop: asyncio.Event,
+    *,
+    port: int,
+    host: str,
+    said: Callable[[str], None],
+) -> None:
+    """Run one worker with its /metrics until `stop`; `said` is told the address once it is ready."""
+    from streaminfer import __version__
+
+    plan = deployment.plan
+    metrics = Metrics(
+        plan.pipeline, version=__version__, model=plan.model, model_version=plan.model_version
+    )
+    async with deployment.worker(name, metrics, stop) as worker:
+
+        def live() -> bool:
+            return not worker.polled or time.monotonic() - worker.polled < STALE
+
+        async with serve(metrics, host, port, live=live, ready=worker.ready.is_set) as address:
+            await worker.run(ready=lambda: said(address))
+
+
+@dataclass
+class LocalPipeline:
+    """All workers of a pipeline in this process, on the memory bus.
+
+        async with LocalPipeline(spec, plan, folder) as pipeline:
+            async with pipeline.client() as client: ...
+
+    Raises what a worker raises, at the latest when the block ends.
+    """
+
+    spec: PipelineSpec
+    plan: Plan
+    folder: Path
+    port: int | None = None  # of /metrics; None: not served
+    metrics: Metrics = field(init=False)
+    address: str = field(init=False, default="")
+    transport: MemoryTransport = field(init=False, default_factory=MemoryTransport)
+    _stop: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
+    _workers: list[Worker] = field(init=False, default_factory=list)
+    _stack: contextlib.AsyncExitStack = field(init=False, default_factory=contextlib.AsyncExitStack)
+
+    async def __aenter__(self) -> Self:
+        """Create the topics, start every worker, wait until each can take work."""
+        from streaminfer import __version__
+
+        self.metrics = Metrics(
+            self.plan.pipeline,
+            version=__version__,
+            model=self.plan.model,
+            model_version=self.plan.model_version,
+        )
+        topology = build(self.spec, self.plan)
+        async with self.transport.admin() as admin:
+            await admin.create(topic_specs(topology, self.spec, self.spec.kafka.partitions))
+        deployment = await Deployment.open(
+            self.spec, self.plan, self.folder, self.transport, history=False
+        )
+        try:
+            for role in topology.workers:
+                for _ in range(role.replicas):
+                    context = deployment.worker(role.name, self.metrics, self._stop)
+                    worker = await self._stack.enter_async_context(context)
+                    self._workers.append(worker)
+                    self._tasks.append(asyncio.create_task(worker.run(), name=role.name))
+            self._tasks.append(asyncio.create_task(self._forget_answers(topology)))
+            await self._all_ready()
+            if self.port is not None:
+                self.address = await self._stack.enter_async_context(self._serve())
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Drain and stop every worker."""
+        await self._close()
+        for task in self._tasks[:-1]:
+            if kind is None and not task.cancelled() and (failure := task.exception()):
+                raise failure
+
+    def client(self) -> Client:
+        """Make a client of this pipeline."""
+        return Client(pipeline=self.spec, transport=self.transport)
+
+    async def failed(self) -> None:
+        """Wait until a worker ends by itself, and raise what it raised."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    def _serve(self) -> contextlib.AbstractAsyncContextManager[str]:
+        return serve(
+            self.metrics,
+            self.spec.metrics.host,
+            self.port or 0,
+            live=lambda: not any(task.done() for task in self._tasks),
+            ready=lambda: all(w.ready.is_set() for w in self._workers),
+        )
+
+    async def _all_ready(self) -> None:
+        waits = [asyncio.create_task(w.ready.wait()) for w in self._workers]
+        ready = asyncio.gather(*waits)
+        failed = asyncio.create_task(self.failed())
+        await asyncio.wait([ready, failed], return_when=asyncio.FIRST_COMPLETED)
+        failed.cancel()
+        if not ready.done():
+            ready.cancel()
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            raise StreaminferError("a worker ended before it was ready")
+
+    async def _forget_answers(self, topology: Topology) -> None:
+        """Keep the last answers only: in memory nothing else bounds the predictions topic."""
+        async with self.transport.admin() as admin:
+            info = await admin.topics([topology.output_topic])
+            count = info[topology.output_topic].partitions
+            partitions = [TopicPartition(topology.output_topic, n) for n in range(count)]
+            while True:
+                await asyncio.sleep(1.0)
+                ends = await admin.offsets(partitions)
+                await admin.trim({tp: end - KEPT for tp, (_, end) in ends.items() if end > KEPT})
+
+    async def _close(self) -> None:
+        self._stop.set()
+        if self._tasks:
+            self._tasks[-1].cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()

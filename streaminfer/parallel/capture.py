@@ -1,0 +1,285 @@
+"""Any model that torch.export takes → one flat graph of ATen operators that may be cut.
+
+Export's training IR (no decompositions: they bake strides into views), dynamic in dimension 0.
+The graph is then made fit for cutting: assertions about the tracing machine are dropped, a
+`getitem` stands right behind the operator whose list it reads, in-place operators are pure where
+they can be, and every node knows the module it came from.
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import operator
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from streaminfer.errors import CaptureError
+from streaminfer.parallel.layers import Layers
+from streaminfer.parallel.mutation import Aliases, settle, written
+from streaminfer.parallel.operators import draws_random_numbers, name_of
+
+__all__ = ["Capture", "capture", "is_batched"]
+
+# They check what export saw (device, layout, value ranges); a stage checks its inputs itself.
+_ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model as a graph. A position is an index into `nodes`: cut i lies right behind node i."""
+
+    nodes: tuple[fx.Node, ...]  # what computes, in order
+    inputs: tuple[fx.Node, ...]  # placeholders of tensors
+    outputs: Mapping[str, fx.Node]  # by the name the model gives them; "output" if there is one
+    tensors: Mapping[str, torch.Tensor]  # parameters, buffers, constants
+    layers: Layers
+    aliases: Aliases
+
+    @property
+    def batch(self) -> torch.SymInt:
+        """The symbol that stands for the number of rows."""
+        size = self.inputs[0].meta["val"].shape[0]
+        assert isinstance(size, torch.SymInt)  # noqa: S101 - capture() refuses the rest
+        return size
+
+
+def is_batched(node: fx.Node, batch: torch.SymInt) -> bool:
+    """Tell whether a node's value is a tensor with one row per sample."""
+    val = node.meta.get("val")
+    return (
+        isinstance(val, torch.Tensor)
+        and val.dim() > 0
+        and isinstance(val.shape[0], torch.SymInt)
+        and bool(val.shape[0].node.expr == batch.node.expr)
+    )
+
+
+def capture(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> Capture:
+    """Capture a model, in eval mode, from an example of at least 2 rows.
+
+    Args:
+        model: any module; it is put into eval mode.
+        args: its positional inputs; dimension 0 of every tensor is the batch.
+        kwargs: its keyword inputs.
+
+    Raises:
+        CaptureError: the model does not run on the example; export does not take it; its rows
+            cannot be told apart; or it uses an operator that a stage may not hold.
+    """
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not inputs or any(t.dim() == 0 or t.shape[0] < 2 for t in inputs):
+        raise CaptureError(
+            "the example needs tensors of at least 2 rows: 1 is taken for a constant"
+        )
+    model.eval()
+    exported = _export(model, tuple(args), dict(kwargs or {}))
+    module = exported.module(check_guards=False)
+    graph = module.graph
+    _drop_assertions(graph)
+    _hoist_getitem(graph)
+    aliases = settle(graph)
+    graph.eliminate_dead_code()
+    captured = Capture(
+        nodes=tuple(n for n in graph.nodes if n.op == "call_function"),
+        inputs=_tensor_inputs(graph),
+        outputs=_outputs(graph, exported.call_spec.out_spec),
+        tensors=_tensors(module),
+        layers=Layers([n for n in graph.nodes if n.op == "call_function"]),
+        aliases=aliases,
+    )
+    _refuse_foreign_nodes(captured)
+    _refuse_lost_rows(captured)
+    return captured
+
+
+def _export(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if _is(t))
+    with torch.no_grad(), _quiet():
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            raise CaptureError(
+                f"the model does not run on the example {shapes}: {_first_line(error)}",
+                where=_model_line(error),
+                hint="model.example is the shape of one sample, without the batch",
+            ) from error
+        try:
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
+            )
+        except Exception as error:
+            raise CaptureError(
+                f"torch.export does not take this model: {_first_line(error)}",
+                where=_model_line(error),
+                hint=_export_hint(error),
+            ) from error
+
+
+def _is(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mark(leaf: object) -> dict[int, object] | None:
+        return {0: torch.export.Dim.AUTO} if _is(leaf) else None
+
+    # Without keywords a tuple will do, and argument names (which *args has not) are not needed.
+    positional = pytree.tree_map(mark, args)
+    return (positional, pytree.tree_map(mark, kwargs)) if kwargs else positional
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch while it traces: what matters is in the error we raise."""
+    logger = logging.getLogger("torch")
+    children = [logger, *(logging.getLogger(n) for n in logging.root.manager.loggerDict)]
+    noisy = [c for c in children if c.name.startswith("torch") and not c.disabled]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for child in noisy:
+            child.disabled = True
+        try:
+            yield
+        finally:
+            for child in noisy:
+                child.disabled = False
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split("  (Size-like")[0].strip()
+
+
+def _model_line(error: BaseException) -> str:
+    """Return file:line of the innermost frame that is not torch's, nor ours: the model's own."""
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if not name.startswith(skip):
+            code = linecache.getline(name, line).strip()
+            found = f"{name}:{line}" + (f" ({code})" if code else "")
+    return found
+
+
+def _export_hint(error: BaseException) -> str:
+    if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
+        return (
+            "this line branches or indexes by a tensor's value: write it with torch.where or "
+            "masks, so that every batch takes the same road"
+        )
+    return "see that line; https://docs.pytorch.org/docs/stable/export.html says what export takes"
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target).startswith(_ASSERTIONS):
+            graph.erase_node(node)
+
+
+def _hoist_getitem(graph: fx.Graph) -> None:
+    """Move every getitem behind its operator: what lives across a cut is then never a list."""
+    for node in list(graph.nodes):
+        anchor = node
+        for user in [u for u in node.users if u.target is operator.getitem]:
+            user.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            anchor.append(user)
+            anchor = user
+
+
+def _tensor_inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return tuple(n for n in graph.nodes if n.op == "placeholder" and _is(n.meta.get("val")))
+
+
+def _outputs(graph: fx.Graph, spec: pytree.TreeSpec) -> dict[str, fx.Node]:
+    """Name the outputs by their place in what the model returns: `a.0`, `a.1`, `b`."""
+    leaves = pytree.tree_leaves(graph.output_node().args[0], is_leaf=lambda leaf: leaf is None)
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    names = {}
+    for path, i in pytree.tree_flatten_with_path(tree)[0]:
+        keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", ""))) for k in path]
+        names[i] = ".".join(map(str, keys)) or "output"
+    return {names[i]: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)}
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Collect the tensors that `get_attr` nodes read, detached."""
+    found = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value: Any = module
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            if _is(value):
+                found[node.target] = value.detach()
+    return found
+
+
+def _source_line(node: fx.Node) -> str:
+    """Return file:line of the innermost line of the model that made a node."""
+    skip = str(Path(torch.__file__).parent)
+    found = ""
+    for line in str(node.meta.get("stack_trace") or "").splitlines():
+        if line.strip().startswith('File "') and skip not in line:
+            name, _, rest = line.strip().removeprefix('File "').partition('", line ')
+            found = f"{name}:{rest.split(',')[0]}"
+    return found
+
+
+def _refuse_foreign_nodes(captured: Capture) -> None:
+    for node in captured.nodes:
+        where = _source_line(node)
+        if name_of(node.target) is None:
+            raise CaptureError(
+                f"operator {node.target} cannot be part of a stage",
+                where=where,
+                hint="stages hold torch's public ATen operators: no torch.cond, autocast blocks, "
+                "custom operators or views by stride",
+            )
+        if draws_random_numbers(node.target, node.args, node.kwargs):
+            raise CaptureError(
+                f"{node.target} draws random numbers, so no two runs agree",
+                where=where,
+                hint="in eval mode a model is a function: F.dropout(x, training=self.training)",
+            )
+        for value in written(node):
+            if any(m.op == "get_attr" for m in captured.aliases.members(value)):
+                raise CaptureError(
+                    f"{node.target} writes into a parameter or buffer: the model keeps state",
+                    where=where,
+                    hint="a stage may run anywhere and anew: it must not depend on earlier batches",
+                )
+
+
+def _refuse_lost_rows(captured: Capture) -> None:
+    for node in captured.inputs:
+        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+            raise CaptureError(
+                f"the model has fixed the batch size of {node.name!r}",
+                hint="use x.shape[0] or -1 instead of a number in view, reshape, expand, zeros …",
+            )
+    for name, node in captured.outputs.items():
+        if not is_batched(node, captured.batch):
+            shape = list(getattr(node.meta.get("val"), "shape", ()))
+            raise CaptureError(
+                f"output {name!r} has no row per sample: its shape is {shape}",
+                where=_source_line(node),
+                hint="dimension 0 of every output must be the batch",
+            )
+    for node in captured.inputs:
+        if not is_batched(node, captured.batch):
+            raise CaptureError(f"input {node.name!r} may have another batch size than the others")

@@ -1,0 +1,232 @@
+"""Layers → stages: where a graph may be cut, what crosses each cut, and the parts as graphs.
+
+A cut i lies right behind node i. What lives there is what was made at or before i and is read
+after it. It crosses the cut as tensors with one row per sample; whatever follows from weights and
+the number of rows alone (masks, positions, sizes) is not sent but computed again behind the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import fx
+
+from streaminfer.errors import CaptureError
+from streaminfer.parallel.capture import Capture, is_batched
+from streaminfer.parallel.mutation import written
+from streaminfer.parallel.signature import Port, dtype_name
+from streaminfer.parallel.weights import same_memory
+
+__all__ = ["Cutter", "StageGraph"]
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """A stand-alone part of a model: placeholders = `inputs`, output = `outputs` in that order."""
+
+    graph: fx.Graph
+    weights: Mapping[str, torch.Tensor]  # by the name that its get_attr nodes target
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    layers: tuple[str, ...]
+
+
+def port(node: fx.Node, name: str = "") -> Port:
+    """Return the tensor that a node makes, as it crosses a cut."""
+    val = node.meta["val"]
+    shape = tuple(n if isinstance(n, int) else None for n in val.shape)
+    return Port(name or node.name, dtype_name(val.dtype) or str(val.dtype), shape)
+
+
+class Cutter:
+    """One captured model, and all ways to cut it."""
+
+    def __init__(self, captured: Capture) -> None:
+        self.captured = captured
+        self._position = {node: i for i, node in enumerate(captured.nodes)}
+        self._last_use = {node: self._last(node) for node in (*captured.inputs, *captured.nodes)}
+        self._written: dict[fx.Node, list[int]] = {}  # alias class → where it is written
+        for i, node in enumerate(captured.nodes):
+            for value in written(node):
+                self._written.setdefault(captured.aliases.root(value), []).append(i)
+        self._free: set[fx.Node] = set()
+        for node in captured.nodes:
+            if self._is_free(node):
+                self._free.add(node)
+
+    def _last(self, node: fx.Node) -> int:
+        end = len(self.captured.nodes)
+        return max((self._position.get(user, end) for user in node.users), default=-1)
+
+    def _is_free(self, node: fx.Node) -> bool:
+        """Tell whether a value follows from weights and the number of rows alone."""
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and val.node.expr == self.captured.batch.node.expr:
+            return True
+        if self.captured.aliases.root(node) in self._written:
+            return False  # what is written into it may be data
+        return all(
+            source.op == "get_attr" or source in self._free for source in node.all_input_nodes
+        )
+
+    def live(self, cut: int) -> list[fx.Node]:
+        """Return what crosses a cut, in the order in which it was made."""
+        made = (*self.captured.inputs, *self.captured.nodes[: cut + 1])
+        return [n for n in made if self._last_use[n] > cut and n not in self._free]
+
+    def problem(self, cut: int) -> str:
+        """Say why the graph may not be cut here; "" if it may."""
+        live = self.live(cut)
+        found = (f"{n.name!r} would cross, {why}" for n in live if (why := self._unfit(n)))
+        return next(found, "" if live else "nothing crosses")
+
+    def _unfit(self, node: fx.Node) -> str:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return "which is no tensor but a number or a list"
+        if not is_batched(node, self.captured.batch):
+            return f"whose shape {list(val.shape)} has no row per sample"
+        if dtype_name(val.dtype) is None or val.layout != torch.strided:
+            return f"whose type {val.dtype} cannot be sent"
+        if any(isinstance(n, torch.SymInt) for n in val.shape[1:]):
+            return "whose size per sample is not fixed"
+        return ""
+
+    @cached_property
+    def legal(self) -> tuple[int, ...]:
+        """All positions behind which the graph may be cut."""
+        last = len(self.captured.nodes) - 1
+        return tuple(i for i in range(last) if not self.problem(i) and self._keeps_writes(i))
+
+    def _keeps_writes(self, cut: int) -> bool:
+        """Tell whether no two tensors part here that share memory which is written later."""
+        root = self.captured.aliases.root
+        roots = [root(node) for node in self.live(cut)]
+        return not any(
+            roots.count(r) > 1 and any(at > cut for at in self._written.get(r, ())) for r in roots
+        )
+
+    def cuts(self, untils: Sequence[str]) -> list[int]:
+        """Return the positions of cuts behind these layers, inclusive.
+
+        Raises:
+            CaptureError: an unknown layer, layers out of order, or a cut that is not possible;
+                names what is.
+        """
+        found: list[int] = []
+        for i, until in enumerate(untils):
+            cut = self.captured.layers.find(until).last
+            if found and cut <= found[-1]:
+                raise CaptureError(
+                    f"layer {until!r} does not end after {untils[i - 1]!r}, whose stage is earlier",
+                    hint="stages follow the order of the model: streaminfer cut shows it",
+                )
+            if cut not in self.legal:
+                raise CaptureError(
+                    f"no cut behind {until!r}: {self._reason(cut)}", hint=self._near(cut)
+                )
+            found.append(cut)
+        return found
+
+    def _reason(self, cut: int) -> str:
+        if cut >= len(self.captured.nodes) - 1:
+            return "it ends the model, so no stage would follow"
+        return (
+            self.problem(cut) or "two tensors would part that share memory which is written later"
+        )
+
+    def _near(self, cut: int) -> str:
+        ends = {
+            y.last: y.path for y in reversed(list(self.captured.layers)) if y.last in self.legal
+        }
+        before = [path for last, path in sorted(ends.items()) if last < cut][-1:]
+        after = [path for last, path in sorted(ends.items()) if last > cut][:1]
+        names = [f"{p} (before)" for p in before] + [f"{p} (behind)" for p in after]
+        return f"nearest layers to cut at: {', '.join(names)}" if names else "do not cut this model"
+
+    def split(self, cuts: Iterable[int]) -> list[StageGraph]:
+        """Cut the graph; the stages in order. Every cut must be one of `legal`."""
+        edges = [-1, *sorted(cuts), len(self.captured.nodes) - 1]
+        return [self._stage(first + 1, last) for first, last in pairwise(edges)]
+
+    def _stage(self, first: int, last: int) -> StageGraph:
+        captured = self.captured
+        inputs = self.live(first - 1) if first else list(captured.inputs)
+        final = last == len(captured.nodes) - 1
+        outputs = dict(captured.outputs) if final else {node.name: node for node in self.live(last)}
+        builder = _Builder(captured, inputs, self._free)
+        for node in inputs:
+            if any(
+                first <= at <= last for at in self._written.get(captured.aliases.root(node), ())
+            ):
+                builder.clone(node)
+        for node in captured.nodes[first : last + 1]:
+            builder.copy(node)
+        builder.graph.output(tuple(builder.value(node) for node in outputs.values()))
+        builder.graph.eliminate_dead_code()
+        return StageGraph(
+            builder.graph,
+            {
+                n.target: builder.weights[str(n.target)]
+                for n in builder.graph.nodes
+                if n.op == "get_attr"
+            },
+            tuple(port(node) for node in inputs),
+            tuple(port(node, name) for name, node in outputs.items()),
+            captured.layers.within(first, last),
+        )
+
+
+class _Builder:
+    """Copies nodes into a new graph, with whatever they need that does not cross the cut."""
+
+    def __init__(self, captured: Capture, inputs: list[fx.Node], free: set[fx.Node]) -> None:
+        self._captured, self._free = captured, free
+        self.graph = fx.Graph()
+        self.weights: dict[str, torch.Tensor] = {}
+        self._tied: dict[tuple[object, ...], str] = {}
+        self._made = {node: self.graph.placeholder(node.name) for node in inputs}
+        self._rows = self._made[inputs[0]]
+
+    def clone(self, node: fx.Node) -> None:
+        """Have an input copied first: the stage writes it, and its memory is the sender's."""
+        self._made[node] = self.graph.call_function(
+            torch.ops.aten.clone.default, (self._made[node],)
+        )
+
+    def copy(self, node: fx.Node) -> None:
+        """Copy a node, its sources first."""
+        if node not in self._made:
+            self._made[node] = self.graph.node_copy(node, self.value)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """Return a node's copy; what does not cross the cut is computed here."""
+        if node in self._made:
+            return self._made[node]
+        if node.op == "get_attr":
+            self._made[node] = self._weight(str(node.target), node)
+        elif _is_rows(node, self._captured.batch):
+            self._made[node] = self.graph.call_function(
+                torch.ops.aten.sym_size.int, (self._rows, 0)
+            )
+        else:
+            assert node in self._free, node  # noqa: S101 - else live() would have sent it
+            self.copy(node)
+        return self._made[node]
+
+    def _weight(self, name: str, node: fx.Node) -> fx.Node:
+        tensor = self._captured.tensors[name]
+        kept = self._tied.setdefault(same_memory(tensor), name)
+        self.weights[kept] = tensor
+        made = self.graph.node_copy(node)
+        made.target = kept
+        return made
+
+
+def _is_rows(node: fx.Node, batch: torch.SymInt) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, torch.SymInt) and bool(val.node.expr == batch.node.expr)

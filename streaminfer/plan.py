@@ -1,0 +1,131 @@
+"""The plan directory: what makes the numbers, as files that any worker reads without torch.
+
+    <plan>/plan.json                   this module
+    <plan>/<stage>/stage.json          the stage's graph: allow-listed ATen operators, nothing else
+    <plan>/<stage>/stage.safetensors   the stage's own weights
+
+`planning/build.py` writes it; `digest` is the SHA-256 over everything in it that changes a number,
+and travels in every envelope.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from streaminfer.errors import PlanError
+from streaminfer.spec import InputSpec
+
+__all__ = ["Edge", "Plan", "StagePlan", "TensorSpec", "stage_files"]
+
+VERSION = 1
+ITEMSIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}  # every dtype that may cross a cut, by safetensors' name
+CAST = {"native": None, "float16": "F16", "bfloat16": "BF16"}  # edge dtype → wire dtype of floats
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """A tensor at a cut. Dimension 0 is the batch; None = any size, settled by the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def row_bytes(self, dtype: str = "native") -> int:
+        """Bytes of one sample on an edge of this dtype (a dynamic dimension counts as 1)."""
+        size = ITEMSIZE[self.dtype]
+        if (cast := CAST[dtype]) and self.dtype in ("F64", "F32", "F16", "BF16"):
+            size = min(size, ITEMSIZE[cast])
+        for n in self.shape[1:]:
+            size *= n or 1
+        return size
+
+
+class Edge(_Frozen):
+    """What comes into a stage, and how: `dtype` and `compress` change the numbers and the bytes."""
+
+    dtype: Literal["native", "float16", "bfloat16"] = "native"
+    compress: Literal["none", "zstd", "lz4"] = "none"
+
+
+class StagePlan(_Frozen):
+    """One cut-out of the model's graph."""
+
+    name: str
+    layers: tuple[str, ...]  # as the user knows them, first to last
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    edge: Edge = Edge()  # into this stage; the first stage's is unused
+    weight_bytes: int = 0
+
+
+class Plan(_Frozen):
+    """All stages, in order, and what stands before the first and behind the last."""
+
+    version: Literal[1] = 1
+    pipeline: str
+    digest: str
+    source: str  # key of what it was built from: the spec's part and the model's files
+    model: str
+    model_version: str
+    input: InputSpec
+    stages: tuple[StagePlan, ...]
+    top_k: int  # 0 = raw outputs
+    labels: tuple[str, ...] = ()
+    random_weights: bool = False
+
+    def stage(self, name: str) -> StagePlan:
+        """Return the stage of that name."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise PlanError(
+            f"no stage {name!r} in the plan",
+            hint=f"stages are: {', '.join(s.name for s in self.stages)}",
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write plan.json, last of all and in one step: a folder with it is whole."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1)
+        part = folder / "plan.json.part"
+        part.write_text(text + "\n")
+        part.replace(folder / "plan.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read a plan directory. Raises PlanError."""
+        path = folder / "plan.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise PlanError(
+                "no plan here", where=str(path), hint="build it: streaminfer build PIPELINE"
+            ) from None
+        except ValidationError as error:
+            raise PlanError(
+                f"not a plan of this version: {error.errors()[0]['msg']}",
+                where=str(path),
+                hint="build it again: streaminfer build PIPELINE",
+            ) from None
+
+
+def stage_files(folder: Path, stage: str) -> tuple[Path, Path]:
+    """Return where a stage's graph and weights are."""
+    return folder / stage / "stage.json", folder / stage / "stage.safetensors"

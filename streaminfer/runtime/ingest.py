@@ -1,0 +1,302 @@
+"""The first step: raw records become samples, samples become micro-batches.
+
+A micro-batch is formed once, here, of records of ONE input partition in offset order. Every sample
+gets its interval `[start, offset]`: where the one before it ended, up to itself. So tombstones,
+transaction markers and compacted records are covered, and the sink needs one number per partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from streaminfer.errors import DecodeError, SampleError, SchemaError
+from streaminfer.metrics import StageMetrics
+from streaminfer.plan import Plan
+from streaminfer.runtime.decode import decode_image
+from streaminfer.runtime.flow import Window
+from streaminfer.runtime.steps import Item, Result, Settled
+from streaminfer.transport import Record, TopicPartition
+from streaminfer.wire import (
+    MAX_KEY,
+    MAX_META,
+    MAX_TEXT,
+    Envelope,
+    Failure,
+    Sample,
+    Tensor,
+    decode_tensor_input,
+)
+
+__all__ = ["TENSOR", "Ingest", "chain_at", "chained"]
+
+TENSOR = "application/vnd.streaminfer+msgpack"
+META = "si-meta-"
+MAX_ID = 512  # characters: ids travel with every hop
+
+
+def chained(note: str) -> int:
+    """Read where the interval chain goes on out of ingest's commit metadata."""
+    return int(json.loads(note)["from"]) if note else 0
+
+
+def chain_at(offset: int) -> str:
+    """Write the metadata that makes the chain go on at `offset`."""
+    return json.dumps({"from": offset})
+
+
+class Ingest:
+    """Decodes input records in a thread pool; what fails is an outcome, never an exception."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        window: Window,
+        metrics: StageMetrics,
+        *,
+        threads: int = 1,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._plan, self._window, self._metrics, self._clock = plan, window, metrics, clock
+        self._row = plan.stages[0].inputs[0]
+        self._stage = plan.stages[0].name
+        self._chain: dict[TopicPartition, int] = {}
+        self._incarnation = os.urandom(4).hex()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def stop(self) -> None:
+        """Let the decoders end."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
+        """Go on with the chain where the last commit says."""
+        for tp, note in partitions.items():
+            self._chain[tp] = chained(note)
+
+    async def forget(self, partitions: Collection[TopicPartition]) -> None:
+        """Drop the chains: the next owner reads them from the commit."""
+        for tp in partitions:
+            self._chain.pop(tp, None)
+        self._window.forget(partitions)
+
+    async def __call__(self, items: Sequence[Item]) -> Result:
+        """Decode the records of each item into one envelope per shape."""
+        # the chain is walked before the first await: calls begin in the order of the records
+        walked = [(item.records[0].position.tp, *self._walk(item)) for item in items]
+        settled = tuple(s for _, done, _ in walked for s in done)
+        outputs: list[Envelope] = []
+        outcomes: list[Envelope] = []
+        loop = asyncio.get_running_loop()
+        for tp, _, live in walked:
+            if live:
+                decoded = await loop.run_in_executor(self._pool, self._decode, live)
+                formed, failed = self._form(tp, decoded)
+                outputs += formed
+                outcomes += failed
+        return Result(tuple(outputs), tuple(outcomes), settled=settled)
+
+    def _walk(self, item: Item) -> tuple[list[Settled], list[tuple[Sample, Record]]]:
+        """Give every record its interval; tombstones only lengthen the next one's."""
+        tp = item.records[0].position.tp
+        settled: list[Settled] = []
+        live: list[tuple[Sample, Record]] = []
+        if tp not in self._chain:  # revoked: the new owner reads these again
+            return settled, live
+        for record in item.records:
+            if record.value is not None:
+                live.append((self._sample(record, self._chain[tp]), record))
+                self._chain[tp] = record.offset + 1
+                self._window.enter(tp, record.offset + 1)
+            settled.append(Settled(record.position, chain_at(self._chain[tp])))
+        return settled, live
+
+    def _sample(self, record: Record, start: int) -> Sample:
+        headers = dict(record.headers)
+        named = headers.get("si-id") or headers.get("ce_id") or record.key
+        text = named.decode("utf-8", "replace") if named else ""
+        meta = {
+            name[len(META) :]: value.decode("utf-8", "replace")
+            for name, value in record.headers
+            if name.startswith(META)
+        }
+        if trace := headers.get("traceparent"):
+            meta["traceparent"] = trace.decode("ascii", "replace")
+        return Sample(
+            offset=record.offset,
+            start=start,
+            id=text[:MAX_ID] or f"{record.topic}-{record.partition}-{record.offset}",
+            # what cannot travel is cut here and refused in `_row_of`
+            key=record.key if len(record.key or b"") <= MAX_KEY else None,
+            timestamp_ms=record.timestamp_ms,
+            meta=meta if _fits(meta) else {},
+        )
+
+    def _decode(
+        self, live: Sequence[tuple[Sample, Record]]
+    ) -> list[tuple[Sample, np.ndarray | Tensor | None]]:
+        """Run in the pool: turn each record into a row, or its sample into a failed one."""
+        began = time.perf_counter()
+        rows: list[tuple[Sample, np.ndarray | Tensor | None]] = []
+        for sample, record in live:
+            try:
+                rows.append(self._row_of(sample, record))
+            except SampleError as error:
+                rows.append((self._fail(sample, "error", error.kind, str(error)), None))
+            except Exception as error:  # a decoder's bug is one sample's trouble, not the worker's
+                text = f"{type(error).__name__}: {error}"
+                rows.append((self._fail(sample, "error", "decode", text), None))
+        self._metrics.busy["decode"].inc(time.perf_counter() - began)
+        return rows
+
+    def _row_of(self, sample: Sample, record: Record) -> tuple[Sample, np.ndarray | Tensor | None]:
+        value = record.value or b""
+        headers = dict(record.headers)
+        spec = self._plan.input
+        if len(value) > spec.max_bytes:
+            raise DecodeError(
+                f"the value has {len(value):,} bytes; input.max_bytes is {spec.max_bytes:,}"
+            )
+        _check_headers(record)
+        kind = headers.get("content-type", b"").decode("ascii", "replace")
+        sample = replace(sample, deadline_ms=_deadline(headers, record.timestamp_ms))
+        row: np.ndarray | Tensor
+        if kind.partition(";")[0].strip().lower() == TENSOR:
+            sample, row = self._tensor(sample, value)
+        elif spec.decode == "image":
+            row = decode_image(value, kind or None, spec)
+            self._check(row.shape, "image")
+        else:
+            raise SchemaError(
+                f"this pipeline takes tensors: content-type must be {TENSOR}, not {kind or 'none'!r}"
+            )
+        if sample.deadline_ms and self._clock() * 1000 > sample.deadline_ms:
+            return self._fail(
+                sample, "expired", "timeout", "the deadline passed before decoding"
+            ), None
+        return sample, row
+
+    def _tensor(self, sample: Sample, value: bytes) -> tuple[Sample, Tensor]:
+        message = decode_tensor_input(value, max_bytes=self._plan.input.max_bytes)
+        if message.tensor.dtype != self._row.dtype:
+            raise SchemaError(
+                f"tensor has dtype {message.tensor.dtype}; {self._row.name} takes {self._row.dtype}"
+            )
+        self._check(message.tensor.shape, "tensor")
+        deadline = sample.deadline_ms
+        if message.deadline_ms:
+            deadline = sample.timestamp_ms + message.deadline_ms
+        return (
+            replace(
+                sample,
+                id=(message.id or sample.id)[:MAX_ID],
+                meta={**message.meta, **sample.meta},
+                deadline_ms=deadline,
+            ),
+            message.tensor,
+        )
+
+    def _check(self, shape: tuple[int, ...], what: str) -> None:
+        fixed = self._row.shape[1:]
+        fits = len(shape) == len(fixed) and all(
+            want is None or have == want for have, want in zip(shape, fixed, strict=True)
+        )
+        if not fits:
+            wanted = tuple("any" if n is None else n for n in fixed)
+            raise SchemaError(
+                f"{what} has shape {tuple(shape)}; {self._row.name} takes {wanted}"
+                + (": set input.resize and input.crop to fit all images" * (what == "image"))
+            )
+
+    def _fail(self, sample: Sample, status: str, kind: str, text: str) -> Sample:
+        outcome = "expired" if status == "expired" else "error"
+        self._metrics.samples[outcome].inc()
+        self._metrics.errors[kind].inc()  # type: ignore[index]
+        return replace(sample, failure=Failure(outcome, self._stage, kind, text[:1000]))
+
+    def _form(
+        self, tp: TopicPartition, decoded: Sequence[tuple[Sample, np.ndarray | Tensor | None]]
+    ) -> tuple[tuple[Envelope, ...], tuple[Envelope, ...]]:
+        """Group rows of one dtype and shape into envelopes: batches never pad."""
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Sample, np.ndarray | Tensor]]] = {}
+        failed = []
+        for sample, row in decoded:
+            if row is None:
+                failed.append(sample)
+            elif isinstance(row, Tensor):
+                groups.setdefault((row.dtype, row.shape), []).append((sample, row))
+            else:
+                groups.setdefault(("U8", row.shape), []).append((sample, row))
+        count = len(groups) + bool(failed)
+        envelopes = [
+            Envelope(
+                partition=tp.partition,
+                samples=tuple(sample for sample, _ in group),
+                digest=self._plan.digest,
+                incarnation=self._incarnation,
+                tensors={self._row.name: _stack(dtype, shape, [row for _, row in group])},
+                part=(k, count),
+            )
+            for k, ((dtype, shape), group) in enumerate(groups.items())
+        ]
+        if not failed:
+            return tuple(envelopes), ()
+        outcome = Envelope(
+            partition=tp.partition,
+            samples=tuple(failed),
+            digest=self._plan.digest,
+            incarnation=self._incarnation,
+            part=(count - 1, count),
+        )
+        return tuple(envelopes), (outcome,)
+
+
+def _fits(meta: Mapping[str, str]) -> bool:
+    return len(meta) <= MAX_META and all(
+        len(text) <= MAX_TEXT for pair in meta.items() for text in pair
+    )
+
+
+def _check_headers(record: Record) -> None:
+    """Refuse what an envelope does not carry."""
+    if len(record.key or b"") > MAX_KEY:
+        raise SchemaError(f"the key has {len(record.key or b''):,} bytes; at most {MAX_KEY:,}")
+    meta = {k: v.decode("utf-8", "replace") for k, v in record.headers if k.startswith(META)}
+    if not _fits(meta):
+        raise SchemaError(
+            f"at most {MAX_META - 1} {META}* headers of at most {MAX_TEXT} characters; found {len(meta)}"
+        )
+
+
+def _stack(dtype: str, shape: tuple[int, ...], rows: Sequence[np.ndarray | Tensor]) -> Tensor:
+    parts = [
+        memoryview(row.data) if isinstance(row, Tensor) else memoryview(row).cast("B")
+        for row in rows
+    ]
+    data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+    return Tensor(dtype, (len(rows), *shape), data)
+
+
+def _deadline(headers: Mapping[str, bytes], timestamp_ms: int) -> int:
+    text = headers.get("si-deadline-ms")
+    if text is None:
+        return 0
+    try:
+        budget = int(text)
+    except ValueError:
+        budget = 0
+    if budget <= 0:
+        raise SchemaError(
+            f"si-deadline-ms is {text[:32]!r}; it takes the milliseconds after the record's "
+            "timestamp that an answer is worth, as text"
+        )
+    return timestamp_ms + budget

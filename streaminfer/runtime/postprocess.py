@@ -1,0 +1,52 @@
+"""What stands before the first stage's layers and behind the last one's, on the device.
+
+Both are plain functions of torch tensors, so that only bytes of pixels come in (1 per value instead
+of 4) and only answers go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from streaminfer.errors import SchemaError
+from streaminfer.spec import InputSpec
+
+__all__ = ["normalise", "top_k"]
+
+
+def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function that turns pixels (uint8 [N,C,H,W], 0-255) into what the model takes.
+
+    The result is float32 `(x / 255 - mean) / std` per channel; a float tensor passes unchanged.
+    """
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(spec.mean or (0.0,), device=device).view(shape)
+    std = torch.tensor(spec.std or (1.0,), device=device).view(shape)
+
+    def run(x: Tensor) -> Tensor:
+        if x.dtype != torch.uint8 or spec.decode != "image":
+            return x
+        return (x.to(torch.float32) / 255 - mean) / std
+
+    return run
+
+
+def top_k(k: int) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """Return the function from the model's one output, logits [N,C], to index and score [N,k].
+
+    `index` is int32, `score` the softmax in float32, best first. Raises SchemaError if the model
+    has other outputs than one tensor of rank 2.
+    """
+
+    def run(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        (logits, *more) = outputs.values()
+        if more or logits.dim() != 2:
+            shapes = {name: tuple(t.shape) for name, t in outputs.items()}
+            raise SchemaError(f"output.top_k needs one output [batch, classes], found {shapes}")
+        score, index = logits.float().softmax(1).topk(min(k, logits.shape[1]), 1)
+        return {"index": index.to(torch.int32), "score": score}
+
+    return run

@@ -1,0 +1,149 @@
+"""From records to items: what the worker's loop hands to its step.
+
+Raw        input records        → micro-batches of one partition, full or old enough
+Envelopes  records of a stage   → chunks put together, envelopes decoded and judged
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
+
+from streaminfer.errors import ForeignDigest, WireError
+from streaminfer.metrics import StageMetrics
+from streaminfer.runtime.flow import Window
+from streaminfer.runtime.steps import Item
+from streaminfer.spec import BatchSpec
+from streaminfer.transport import Position, Record, TopicPartition
+from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Origin, Sample, decode
+
+__all__ = ["Envelopes", "Intake", "Raw"]
+
+
+class Intake(Protocol):
+    """What stands between the poll and the step."""
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take what a poll returned."""
+
+    def take(self) -> Iterator[Item]:
+        """Hand out what is ready, oldest first."""
+
+    def settled(self) -> Sequence[Position]:
+        """Hand out positions of records that no item will carry (repeats, orphans)."""
+
+    def due(self) -> float | None:
+        """Seconds until something becomes ready by itself; None: nothing will."""
+
+    def blocked(self) -> frozenset[TopicPartition]:
+        """Partitions that are not to be polled now."""
+
+    def forget(self, partitions: Collection[TopicPartition]) -> None:
+        """Drop what is held of these."""
+
+
+class Raw:
+    """Forms micro-batches. They wait for company at most `batch.wait`, and for the window."""
+
+    def __init__(
+        self, batch: BatchSpec, window: Window, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._batch, self._window, self._clock = batch, window, clock
+        self._backlog: dict[TopicPartition, deque[tuple[Record, float]]] = {}
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Queue records by partition."""
+        now = self._clock()
+        for record in records:
+            self._backlog.setdefault(record.position.tp, deque()).append((record, now))
+
+    def take(self) -> Iterator[Item]:
+        """Hand out full micro-batches, and parts whose oldest record has waited enough."""
+        now = self._clock()
+        for tp in list(self._backlog):
+            # a revocation may come between two items: look again each time
+            while (queue := self._backlog.get(tp)) and (room := self._window.room(tp)):
+                ready = len(queue) >= self._batch.max or now - queue[0][1] >= self._batch.wait
+                if not ready:
+                    break
+                size = min(len(queue), self._batch.max, room)
+                records = tuple(queue.popleft()[0] for _ in range(size))
+                yield Item(
+                    tuple(r.position for r in records),
+                    records=records,
+                    nbytes=sum(r.nbytes for r in records),
+                    since=records[0].timestamp_ms / 1000,
+                )
+
+    def settled(self) -> Sequence[Position]:
+        """Every raw record is in an item."""
+        return ()
+
+    def due(self) -> float | None:
+        """Seconds until a part has waited enough; those that the window holds don't count."""
+        waits = [
+            queue[0][1] + self._batch.wait - self._clock()
+            for tp, queue in self._backlog.items()
+            if queue and self._window.room(tp)
+        ]
+        return max(0.0, min(waits)) if waits else None
+
+    def blocked(self) -> frozenset[TopicPartition]:
+        """Partitions that the window holds, or that have enough for the next batches."""
+        most = 2 * self._batch.max
+        return self._window.closed() | {tp for tp, q in self._backlog.items() if len(q) >= most}
+
+    def forget(self, partitions: Collection[TopicPartition]) -> None:
+        """Drop the backlog: the next owner reads it again."""
+        for tp in partitions:
+            self._backlog.pop(tp, None)
+
+
+class Envelopes:
+    """Puts chunks together and decodes; what is broken becomes an outcome for its samples.
+
+    `digest` None takes envelopes of any plan (the sink belongs to the pipeline, not to a plan).
+    """
+
+    def __init__(
+        self, stage: str, digest: str | None, metrics: StageMetrics, *, max_bytes: int
+    ) -> None:
+        self._stage, self._digest, self._metrics = stage, digest, metrics
+        self._max_bytes = max_bytes
+        self._assemblers: dict[TopicPartition, Assembler] = {}
+        self._ready: deque[Item] = deque()
+        self._settled: list[Position] = []
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Decode what is whole; hold the chunks of what isn't."""
+        began = time.perf_counter()
+        for record in records:
+            try:
+                self._add(record)
+            except BrokenMessage as error:
+                self._broken(error)
+        self._metrics.codec_time["decode"].observe(time.perf_counter() - began)
+
+    def _add(self, record: Record) -> None:
+        tp = record.position.tp
+        assembler = self._assemblers.setdefault(tp, Assembler(self._max_bytes))
+        message = assembler.add(record.offset, record.headers, record.value)
+        self._settled += [Position(*tp, offset) for offset in assembler.abandoned()]
+        if message is None:
+            return
+        positions = tuple(Position(*tp, offset) for offset in message.offsets)
+        try:
+            envelope = decode(message.buffer, max_bytes=self._max_bytes)
+            if self._digest is not None and envelope.digest != self._digest:
+                raise ForeignDigest(
+                    f"made under plan {envelope.digest[:8]}; this worker has {self._digest[:8]}"
+                )
+        except WireError as error:
+            raise BrokenMessage(
+                str(error), message.offsets, message.origin, tp, error.kind
+            ) from error
+        self._ready.append(
+            Item(positions, envelope, nbytes=len(message.buffer), since=record.timestamp_ms / 1000)
+        )

@@ -1,0 +1,271 @@
+"""The pipeline file as frozen pydantic models.
+
+PipelineSpec: model, input, batch, stages[], edges{}, output, kafka, delivery, memory, metrics
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from streaminfer.errors import ConfigError
+from streaminfer.spec import checks
+from streaminfer.spec.checks import Problem, did_you_mean, refuse
+from streaminfer.spec.units import (
+    Channels,
+    Device,
+    Duration,
+    Factory,
+    FileName,
+    Labels,
+    Name,
+    Positive,
+    Prefix,
+    Size,
+    Topic,
+    Version,
+    at_least,
+)
+
+__all__ = [
+    "BatchSpec",
+    "EdgeSpec",
+    "EdgesSpec",
+    "InputSpec",
+    "KafkaSpec",
+    "MetricsSpec",
+    "ModelSpec",
+    "OutputSpec",
+    "PipelineSpec",
+    "StageSpec",
+    "json_schema",
+]
+
+
+def _delivery(value: object) -> object:
+    if value == "exactly_once":
+        raise ValueError(
+            "exactly_once needs the transactional sink, which is not in this version: "
+            "use at_least_once (the sink still drops the duplicates it sees)"
+        )
+    return value
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(
+                "true or false is no value here (YAML reads yes, no, on and off as such: "
+                "put a word in quotes)"
+            )
+        return value
+
+
+class ModelSpec(_Frozen):
+    """Where the model comes from. `example` is the shape of one sample, without the batch."""
+
+    factory: Factory
+    kwargs: dict[str, JsonValue] = {}
+    weights: FileName | None = None
+    example: tuple[Positive, ...] = Field(min_length=1)
+    version: Version = "1"
+
+
+class InputSpec(_Frozen):
+    """How an input record becomes a row. Images: decode, resize, crop, /255, (x - mean) / std."""
+
+    topic: Topic = "images"
+    decode: Literal["image", "tensor"] = "image"
+    channels: Channels = 3
+    resize: Positive | None = None  # of the shorter side, bilinear and antialiased
+    crop: Positive | None = None  # square, centred
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    max_bytes: Annotated[Size, at_least(1)] = 16_000_000
+    max_pixels: Positive = 50_000_000
+
+    HARMLESS: ClassVar[set[str]] = {"topic", "max_bytes", "max_pixels"}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        refuse(checks.input_problems(self))
+        return self
+
+    def numbers(self) -> dict[str, JsonValue]:
+        """Return the part that changes the numbers; belongs into the plan's digest."""
+        return self.model_dump(mode="json", exclude=self.HARMLESS)
+
+
+class BatchSpec(_Frozen):
+    """At most `max` samples in one device call, waiting at most `wait` seconds for them."""
+
+    max: int = Field(default=16, ge=1, le=1024)
+    wait: Duration = 0.004
+
+
+class StageSpec(_Frozen):
+    """Consecutive layers on one device; `until` is the last one, inclusive."""
+
+    name: Name
+    until: FileName | None = None
+    device: Device = "cpu"
+    replicas: Positive = 1
+    threads: Positive | None = None
+    batch: BatchSpec | None = None
+
+
+class EdgeSpec(_Frozen):
+    """What leads into a stage. `local`: the same worker, tensors as they are."""
+
+    transport: Literal["kafka", "local"] = "kafka"
+    dtype: Literal["native", "float16", "bfloat16"] = "native"
+    compress: Literal["none", "zstd", "lz4"] = "none"
+
+    @model_validator(mode="after")
+    def _local_is_bare(self) -> Self:
+        if self.transport == "local" and (self.dtype, self.compress) != ("native", "none"):
+            key = "dtype" if self.dtype != "native" else "compress"
+            refuse([Problem((key,), "a local edge carries tensors as they are", f"drop {key}")])
+        return self
+
+
+EdgesSpec = dict[str, EdgeSpec]  # "default", or the name of the stage it leads into
+
+
+class OutputSpec(_Frozen):
+    """Predictions. `top_k` 0 = raw outputs; `labels`: a file, "imagenet", or the words."""
+
+    topic: Topic = "predictions"
+    top_k: int = Field(default=5, ge=0, le=1000)
+    labels: Labels = None
+
+
+class KafkaSpec(_Frozen):
+    """The cluster and what we ask of it. No `bootstrap`: everything in one process."""
+
+    bootstrap: str | None = None
+    prefix: Prefix = "si"
+    partitions: Annotated[int, Field(ge=1, le=10_000)] = 8
+    replication: Annotated[int, Field(ge=1, le=32)] = 1
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: FileName | None = None
+    ssl_certfile: FileName | None = None
+    ssl_keyfile: FileName | None = None
+    ssl_check_hostname: bool = True
+    max_record_bytes: Annotated[Size, at_least(1024)] = 900_000
+    history: Duration = 600.0
+    history_bytes: Size = 1_000_000_000
+    session_timeout: Annotated[Duration, at_least(0.001)] = 30.0
+
+    @model_validator(mode="after")
+    def _credentials(self) -> Self:
+        refuse(checks.credential_problems(self))
+        return self
+
+
+class MetricsSpec(_Frozen):
+    """Where Prometheus reads a worker. Port 0 = any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=9464, ge=0, le=65535)
+
+
+class PipelineSpec(_Frozen):
+    """The whole file."""
+
+    pipeline: Name
+    model: ModelSpec
+    input: InputSpec = InputSpec()
+    batch: BatchSpec = BatchSpec()
+    stages: tuple[StageSpec, ...] = Field(min_length=1)
+    edges: EdgesSpec = {}
+    output: OutputSpec = OutputSpec()
+    kafka: KafkaSpec = KafkaSpec()
+    delivery: Annotated[Literal["at_least_once"], BeforeValidator(_delivery)] = "at_least_once"
+    memory: Annotated[Size, at_least(1)] = 512_000_000
+    metrics: MetricsSpec = MetricsSpec()
+
+    _path: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        refuse(
+            chain(
+                checks.stage_problems(self),
+                checks.edge_problems(self),
+                checks.example_problems(self),
+                checks.topic_problems(self),
+            )
+        )
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from; relative paths in it start at its folder."""
+        return self._path
+
+    def at(self, path: Path) -> PipelineSpec:
+        """Return the same, as read from `path`."""
+        copy = self.model_copy()
+        copy._path = path
+        return copy
+
+    def resolve(self, name: str) -> Path:
+        """Return the path that a file's name in here stands for."""
+        return (self._path.parent if self._path else Path()) / name
+
+    def stage(self, name: str) -> StageSpec:
+        """Return the stage of that name. Raises ConfigError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(
+            f"no stage {name!r} in pipeline {self.pipeline!r}",
+            where=str(self._path or ""),
+            hint=did_you_mean(name, (s.name for s in self.stages)),
+        )
+
+    def edge(self, stage: str) -> EdgeSpec:
+        """Return what leads into a stage: its own edge over the default one. Raises ConfigError."""
+        if self.stage(stage) is self.stages[0]:
+            return EdgeSpec()  # it reads the input topic
+        default = self.edges.get("default", EdgeSpec())
+        own = self.edges.get(stage, EdgeSpec())
+        edge = default.model_copy(update=own.model_dump(exclude_unset=True))
+        return EdgeSpec(transport="local") if edge.transport == "local" else edge
+
+    def batch_of(self, stage: str) -> BatchSpec:
+        """Return a stage's batch: its own, or the pipeline's. Raises ConfigError."""
+        return self.stage(stage).batch or self.batch
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the pipeline file, for editors."""
+    schema = PipelineSpec.model_json_schema()
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:streaminfer:pipeline:1",
+    }
+    return head | schema | {"title": "streaminfer pipeline"}

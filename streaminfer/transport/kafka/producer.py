@@ -1,0 +1,169 @@
+"""A producer for Kafka: idempotent, acks=all, bounded, and able to end when the broker cannot.
+
+send ──▶ room within 32 MB? ──▶ topic, partition known? ──▶ aiokafka's batch ──▶ broker
+  └──────────────── future ◀── Position, or our error ◀── ack ◀────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import Future
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaTimeoutError
+
+from streaminfer.errors import TopicError, TransportError
+from streaminfer.transport.base import Outgoing, Position
+from streaminfer.transport.kafka import lifecycle
+from streaminfer.transport.kafka.border import translate, translated
+from streaminfer.transport.kafka.settings import KafkaSettings
+from streaminfer.transport.partitioner import partition_for
+
+__all__ = ["KafkaProducer"]
+
+_logger = logging.getLogger(__name__)
+
+# aiokafka packs a batch of every partition of a broker into one request, without a cap; over the
+# broker's 100 MB (socket.request.max.bytes) it would be refused and repeated for ever.
+_IN_FLIGHT = 32_000_000
+_BATCH = 1_000_000  # the default 16 kB puts one activation into each request: a third the speed
+_NOTHING = object()  # stands for a null value: aiokafka asserts that key or value is there
+
+
+class KafkaProducer:
+    """See `transport.base.Producer`. One coroutine at a time may be in `send`."""
+
+    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
+        self._settings, self._client_id = settings, client_id
+        self._kafka: Any = None
+        self._broken = False  # a batch failed: the broker now misses its sequence numbers
+        self._in_flight = 0  # bytes handed to aiokafka and not acked
+        self._freed = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises TransportError naming the address."""
+        await self._connect()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Flush (time-boxed: what is not acked then fails) and free everything."""
+        await self._stop()
+
+    async def send(self, record: Outgoing) -> Future[Position]:
+        """Hand over a record; waits while 32 MB are under way, or while the broker is away.
+
+        Raises:
+            RecordTooLarge: here over `max_record_bytes`; in the future over the topic's limit.
+            TopicError: no such topic or partition.
+            TransportError: no broker answers about a topic not seen before.
+        """
+        size = len(record.key or b"") + len(record.value or b"")
+        await self._room(size)
+        if self._broken:
+            await self._renew()
+        with translated(f"send to {record.topic}"):
+            partition = await self._partition(record)
+            ack = await self._append(record, partition)
+        self._in_flight += size
+        future: Future[Position] = asyncio.get_running_loop().create_future()
+        ack.add_done_callback(partial(self._acked, future, record.topic, size))
+        return future
+
+    async def _append(self, record: Outgoing, partition: int | None) -> Future[Any]:
+        while True:
+            try:
+                ack: Future[Any] = await self._kafka.send(
+                    record.topic,
+                    _NOTHING if record.value is None else record.value,
+                    record.key,
+                    partition,
+                    headers=list(record.headers),
+                )
+            except KafkaTimeoutError:
+                # The partition's buffer stayed full for request_timeout. Nothing was appended,
+                # so this is no duplicate; giving up here would be the only way to lose it.
+                _logger.warning("no room to send to %s; is the broker there?", record.topic)
+            else:
+                return ack
+
+    async def _partition(self, record: Outgoing) -> int | None:
+        """Return where it goes, None for anywhere. Raises TopicError."""
+        count = await self._count(record.topic)
+        if record.partition is None:
+            return None if record.key is None else partition_for(record.key, count)
+        if not 0 <= record.partition < count:
+            raise TopicError(
+                f"{record.topic} has {count} partitions, there is no {record.partition}; was the"
+                " plan built for another topic?"
+            )
+        return record.partition
+
+    async def _count(self, topic: str) -> int:
+        known = self._kafka.client.cluster.partitions_for_topic(topic)
+        if known is None:
+            limit = self._settings.request_timeout
+            await lifecycle.require_topics(self._kafka.client, [topic], limit)
+            known = await self._kafka.partitions_for(topic)
+        return len(known)
+
+    async def _room(self, size: int) -> None:
+        while self._in_flight and self._in_flight + size > _IN_FLIGHT:
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _acked(self, future: Future[Position], topic: str, size: int, ack: Future[Any]) -> None:
+        self._in_flight -= size
+        self._freed.set()
+        error = TransportError("cancelled") if ack.cancelled() else ack.exception()
+        if error is not None:
+            self._broken = True
+            if not future.done():
+                future.set_exception(translate(error, f"send to {topic}"))
+        elif not future.done():
+            done = ack.result()
+            future.set_result(Position(done.topic, done.partition, done.offset))
+
+    async def _connect(self) -> None:
+        settings = self._settings
+        self._kafka = kafka = AIOKafkaProducer(
+            **settings.client(self._client_id),
+            enable_idempotence=True,
+            acks="all",
+            max_batch_size=_BATCH,
+            max_request_size=settings.max_record_bytes,
+            linger_ms=0,
+            compression_type=None,  # it would run on the event loop
+            value_serializer=lambda value: None if value is _NOTHING else value,
+        )
+        try:
+            await lifecycle.connect(kafka.start, settings.bootstrap, settings.connect_timeout)
+        except BaseException:
+            await self._stop()
+            raise
+        self._broken = False
+
+    async def _renew(self) -> None:
+        """Begin anew, with sequence numbers from 0: the old ones have a gap, the broker refuses."""
+        _logger.warning("a batch failed; going on with a new producer")
+        await self._stop()
+        await self._connect()
+
+    async def _stop(self) -> None:
+        kafka, limit = self._kafka, self._settings.close_timeout
+        try:
+            await asyncio.wait_for(kafka.flush(), limit)
+        except TimeoutError:
+            _logger.warning("not all records were acked within %g s; giving up on them", limit)
+            # Otherwise stop() would wait for them, and an idempotent batch never expires.
+            late = KafkaTimeoutError(f"not acked within {limit:g} s of closing")
+            kafka._message_accumulator.fail_all(late)
+        await lifecycle.stop(kafka.stop(), kafka.client, limit)

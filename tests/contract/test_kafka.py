@@ -1,0 +1,391 @@
+"""What only a real Kafka can break: killed brokers, coordinators that load, zombies, other clients.
+
+The semantics that both carriers share are in `test_transport.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from streaminfer.errors import NotOwner, RecordTooLarge, TopicError, TransportError
+from streaminfer.transport.base import Commit, Outgoing, Position, Record, TopicPartition, TopicSpec
+from streaminfer.transport.kafka import KafkaConsumer, KafkaSettings, KafkaTransport
+from tests.broker import Broker
+from tests.conftest import a_broker
+
+pytestmark = pytest.mark.kafka
+
+
+def quick(address: str, **other: float) -> KafkaTransport:
+    """A transport that gives up in seconds where production waits for minutes."""
+    times: dict[str, float] = {
+        "session_timeout": 1.5,
+        "rebalance_timeout": 3.0,
+        "request_timeout": 5.0,
+        "close_timeout": 2.0,
+        **other,
+    }
+    return KafkaTransport(KafkaSettings(address, **times))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def kafka(kafka_address: str) -> KafkaTransport:
+    return quick(kafka_address)
+
+
+async def make(kafka: KafkaTransport, partitions: int = 1, **config: str) -> str:
+    name = f"t-{uuid4().hex[:12]}"
+    async with kafka.admin() as admin:
+        settings = {key.replace("_", "."): value for key, value in config.items()}
+        await admin.create([TopicSpec(name, partitions, settings)])
+    return name
+
+
+async def read_all(kafka: KafkaTransport, topic: str, count: int) -> list[Record]:
+    records: list[Record] = []
+    async with kafka.consumer([topic], None) as reader, asyncio.timeout(30):
+        while len(records) < count:
+            records += await reader.poll(0.5)
+    return records
+
+
+class Keeper:
+    """A listener that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.commits: dict[TopicPartition, Commit | None] = {}
+
+    async def assigned(self, partitions: Mapping[TopicPartition, Commit | None]) -> None:
+        self.commits.update(partitions)
+
+    async def revoked(self, partitions: Collection[TopicPartition]) -> None:
+        for tp in partitions:
+            del self.commits[tp]
+
+
+# ── other clients ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_key_goes_where_kcat_sends_it(kafka: KafkaTransport, kafka_address: str) -> None:
+    """Else images of one key, sent by two clients, would overtake each other."""
+    kcat = shutil.which("kcat")
+    if kcat is None:
+        pytest.skip("needs kcat")
+    topic = await make(kafka, 7)
+    keys = [f"key-{n}" + "x" * (n % 5) for n in range(40)]
+    lines = "".join(f"{key}:value\n" for key in keys)
+    command = [kcat, "-P", "-b", kafka_address, "-t", topic, "-K:"]
+    await asyncio.to_thread(
+        subprocess.run,
+        [*command, "-X", "partitioner=murmur2_random"],
+        input=lines.encode(),
+        check=True,
+        timeout=30,
+    )
+    theirs = {record.key: record.partition for record in await read_all(kafka, topic, len(keys))}
+    async with kafka.producer() as producer:
+        for key in keys:
+            position = await (await producer.send(Outgoing(topic, b"", key.encode())))
+            assert position.partition == theirs[key.encode()]
+
+
+# ── limits ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_many_wide_partitions_do_not_make_a_request_too_large(kafka: KafkaTransport) -> None:
+    """aiokafka puts a batch of each into one request; over 100 MB it would be retried for ever."""
+    topic = await make(kafka, 120)
+    value = bytes(900_000)
+    async with kafka.producer() as producer, asyncio.timeout(60):
+        acks = [await producer.send(Outgoing(topic, value, partition=p)) for p in range(120)]
+        positions = await asyncio.gather(*acks)
+    assert positions == [Position(topic, p, 0) for p in range(120)]
+    async with kafka.admin() as admin:
+        await admin.delete([topic])
+
+
+async def test_producer_goes_on_after_a_record_the_broker_refused(kafka: KafkaTransport) -> None:
+    """The refused batch leaves a gap in the sequence numbers: all later ones would be refused."""
+    topic = await make(kafka, max_message_bytes="100000")
+    async with kafka.producer() as producer:
+        await (await producer.send(Outgoing(topic, b"before")))
+        with pytest.raises(RecordTooLarge, match=r"max\.message\.bytes"):
+            await (await producer.send(Outgoing(topic, bytes(200_000))))
+        assert await (await producer.send(Outgoing(topic, b"after"))) == Position(topic, 0, 1)
+        with pytest.raises(RecordTooLarge):
+            await producer.send(Outgoing(topic, bytes(2_000_000)))
+
+
+async def test_larger_images_pass_where_the_topic_takes_them(kafka_address: str) -> None:
+    settings = KafkaSettings(kafka_address, max_record_bytes=5_000_000)
+    kafka = KafkaTransport(settings)
+    topic = await make(kafka, max_message_bytes="5000000")
+    async with kafka.producer() as producer:
+        await (await producer.send(Outgoing(topic, bytes(4_000_000))))
+    assert [record.nbytes for record in await read_all(kafka, topic, 1)] == [4_000_000]
+
+
+async def test_configuring_one_entry_keeps_the_others(kafka: KafkaTransport) -> None:
+    """Kafka's older request replaces them all: `topics apply` would undo what the user set."""
+    topic = await make(kafka, segment_bytes="1048576")
+    async with kafka.admin() as admin:
+        await admin.configure(topic, {"max.message.bytes": "123456"})
+        config = (await admin.topics([topic]))[topic].config
+        assert (config["segment.bytes"], config["max.message.bytes"]) == ("1048576", "123456")
+        with pytest.raises(TopicError):
+            await admin.configure(topic, {"no.such.thing": "1"})
+
+
+# ── who may commit ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_zombie_cannot_commit(kafka: KafkaTransport, kafka_address: str) -> None:
+    """A worker that stood still comes back and commits: the group's progress must not go back."""
+    topic = await make(kafka)
+    group, tp = f"g-{topic}", TopicPartition(topic, 0)
+    stop = threading.Event()
+    committed = threading.Event()
+
+    async def successor() -> None:
+        async with quick(kafka_address).consumer([topic], group) as consumer:
+            await consumer.commit({tp: Commit(20, "mine")})
+            committed.set()
+            while not stop.is_set():
+                await consumer.poll(0.05)
+
+    async with kafka.consumer([topic], group) as zombie:
+        other = threading.Thread(target=lambda: asyncio.run(successor()))
+        other.start()
+        try:
+            assert committed.wait(20)  # blocks this loop, heartbeats and all: that is the point
+            assert tp in zombie.assignment(), "it has not heard of anything yet"
+            with pytest.raises(NotOwner):
+                await zombie.commit({tp: Commit(10, "late")})
+        finally:
+            stop.set()
+            other.join()
+    async with kafka.admin() as admin:
+        assert await admin.committed(group, [tp]) == {tp: Commit(20, "mine")}
+
+
+async def test_cancelled_poll_loses_nothing(kafka: KafkaTransport) -> None:
+    """What aiokafka gives to a poll that has gone away must come with the next one."""
+    topic = await make(kafka)
+    async with kafka.consumer([topic], "g-" + topic) as consumer, kafka.producer() as producer:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(consumer.poll(5.0), 0.1)
+        await (await producer.send(Outgoing(topic, b"kept")))
+        await asyncio.sleep(0.3)
+        assert [record.value for record in await consumer.poll(2.0)] == [b"kept"]
+
+
+async def test_rebalance_voids_what_was_fetched_and_not_polled(kafka: KafkaTransport) -> None:
+    """Else two workers would compute one sample, and the slower one's commit is refused."""
+    topic = await make(kafka, 4)
+    group = "g-" + topic
+    async with kafka.producer() as producer:
+        for partition in range(4):
+            await (await producer.send(Outgoing(topic, b"x", partition=partition)))
+    async with kafka.consumer([topic], group) as first:
+        poll = asyncio.create_task(first.poll(5.0))
+        await asyncio.sleep(0)
+        poll.cancel()
+        await asyncio.sleep(0.5)  # all four are fetched by now, and wait for the next poll
+        async with kafka.consumer([topic], group) as second:
+            async with asyncio.timeout(10):
+                while len(first.assignment()) != 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            for member in (first, second):
+                got = [r.position.tp for _ in range(5) for r in await member.poll(0.2)]
+                assert sorted(got) == sorted(member.assignment())
+
+
+# ── brokers that fail ─────────────────────────────────────────────────────────────────────────
+
+
+async def test_nothing_is_there_is_said_within_seconds() -> None:
+    kafka = quick("127.0.0.1:1")
+    begin = time.monotonic()
+    for client in (kafka.consumer(["t"], "g"), kafka.producer(), kafka.admin()):
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1:1"):
+            async with client:
+                pytest.fail("connected to nothing")
+    assert time.monotonic() - begin < 10
+
+
+async def test_missing_topic_is_not_waited_for(kafka: KafkaTransport) -> None:
+    begin = time.monotonic()
+    with pytest.raises(TopicError, match=r"no-such-topic.*topics apply"):
+        async with kafka.consumer(["no-such-topic"], "g"):
+            pytest.fail("joined")
+    async with kafka.producer() as producer:
+        with pytest.raises(TopicError, match=r"no-such-topic.*topics apply"):
+            await producer.send(Outgoing("no-such-topic", b"x"))
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_closing_never_hangs(own_broker: Broker, fault: str) -> None:
+    """SIGTERM must end a worker though its broker is gone, or open but silent."""
+    kafka = quick(own_broker.address)
+    topic = await make(kafka)
+    consumer, producer = kafka.consumer([topic], "g"), kafka.producer()
+    async with asyncio.timeout(30):
+        async with consumer, producer:
+            await (await producer.send(Outgoing(topic, b"kept")))
+            getattr(own_broker, fault)()
+            ack = await producer.send(Outgoing(topic, b"in doubt"))
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 12
+        with pytest.raises(TransportError):
+            await ack
+
+
+async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
+    """Else a worker waits for ever on a connection that nobody answers (or a lost rebalance)."""
+    kafka = quick(own_broker.address, session_timeout=0.6, rebalance_timeout=1.0)
+    topic = await make(kafka)
+    async with asyncio.timeout(40):
+        async with kafka.consumer([topic], "g") as consumer:
+            assert await consumer.poll(0.2) == []
+            own_broker.freeze()
+            with pytest.raises(TransportError, match="new consumer"):
+                while True:
+                    await consumer.poll(0.1)
+        own_broker.thaw()
+        async with kafka.consumer([topic], "g") as consumer, kafka.producer() as producer:
+            await (await producer.send(Outgoing(topic, b"again")))
+            assert (await _next(consumer)).value == b"again"
+
+
+async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) -> None:
+    """Also: in order, none twice, and the consumer finds its way back by itself."""
+    kafka = quick(own_broker.address)
+    topic = await make(kafka)
+    acked: list[Position] = []
+    sent, done = 0, asyncio.Event()
+
+    async def send() -> None:
+        nonlocal sent
+        async with kafka.producer() as producer:
+            while not done.is_set():
+                ack = await producer.send(Outgoing(topic, b"%06d" % sent + bytes(20_000)))
+                ack.add_done_callback(lambda ack: acked.append(ack.result()))
+                sent += 1
+                await asyncio.sleep(0.001)
+
+    seen: list[bytes] = []
+
+    async def receive() -> None:
+        async with kafka.consumer([topic], "g") as consumer:
+            while not done.is_set() or len(seen) < sent:
+                seen.extend((record.value or b"")[:6] for record in await consumer.poll(0.2))
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        tasks.create_task(send())
+        tasks.create_task(receive())
+        await asyncio.sleep(1)
+        await asyncio.to_thread(own_broker.kill)
+        before = len(acked)
+        await asyncio.to_thread(own_broker.start)
+        await asyncio.sleep(1)
+        done.set()
+    assert 0 < before < len(acked) == sent
+    assert seen == [b"%06d" % number for number in range(sent)]
+
+
+async def test_loading_coordinator_never_says_that_nothing_is_committed(
+    own_broker: Broker,
+) -> None:
+    """aiokafka alone would then answer "no commit": the whole log would be sent again."""
+    kafka = quick(own_broker.address, request_timeout=20.0)
+    topic = await make(kafka, 4)
+    group = "g-loading"
+    expected = {TopicPartition(topic, p): Commit(1000, f"note {p}") for p in range(4)}
+    async with kafka.admin() as admin:
+        for offset in range(0, 1001, 20):  # something to load
+            await admin.commit(
+                group, {tp: Commit(offset, commit.metadata) for tp, commit in expected.items()}
+            )
+    own_broker.kill()
+    starting = asyncio.create_task(asyncio.to_thread(own_broker.start))
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                async with kafka.admin() as admin:
+                    assert await admin.committed(group, list(expected)) == expected
+                    break
+            except TransportError:
+                await asyncio.sleep(0.02)
+        keeper = Keeper()
+        async with kafka.consumer([topic], group, keeper):
+            assert keeper.commits == expected
+        await starting
+
+
+# ── safety on the wire ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[KafkaSettings]:
+    """How to reach a broker that wants TLS and a password."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    certificate, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=broker", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True
+    )
+    store = tmp_path / "broker.pem"
+    store.write_text(key.read_text() + certificate.read_text())
+    login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+    properties = {
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(store),
+        "sasl.enabled.mechanisms": "PLAIN",
+        "plain.sasl.jaas.config": f'{login} user_worker="s3cret";',
+    }
+    with a_broker(
+        {f"listener.name.sasl_ssl.{key}": value for key, value in properties.items()}
+    ) as b:
+        yield KafkaSettings(
+            b.secure_address,
+            security_protocol="SASL_SSL",
+            sasl_username="worker",
+            sasl_password="s3cret",  # noqa: S106
+            ssl_cafile=str(certificate),
+        )
+
+
+async def test_only_the_right_password_and_authority_get_in(secure: KafkaSettings) -> None:
+    """What the user set about TLS and SASL must reach every client, or nobody is protected."""
+    kafka = KafkaTransport(secure)
+    topic = await make(kafka)
+    async with kafka.producer() as producer:
+        await (await producer.send(Outgoing(topic, b"hello")))
+    assert [record.value for record in await read_all(kafka, topic, 1)] == [b"hello"]
+    for wrong in (
+        replace(secure, sasl_password="guess"),  # noqa: S106
+        replace(secure, ssl_cafile=None),
+        replace(secure, security_protocol="PLAINTEXT", connect_timeout=3.0),
+    ):
+        with pytest.raises(TransportError, match="password right"):
+            async with KafkaTransport(wrong).producer():
+                pytest.fail("let in")
+
+
+async def _next(consumer: KafkaConsumer) -> Record:
+    while not (records := await consumer.poll(0.5)):
+        pass
+    return records[0]

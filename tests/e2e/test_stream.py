@@ -1,0 +1,86 @@
+"""The main job: every image in is one prediction out, the same the whole model gives, in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from stages.digits.demo import uncut
+from stages.digits.images import scans
+from streaminfer import Prediction
+from tests.corpus import corpus
+from tests.e2e.conftest import Bus, digits_file
+
+pytestmark = pytest.mark.timeout(180)
+
+
+async def test_every_scan_is_answered_once_as_the_whole_model_would(bus: Bus, folder: Path) -> None:
+    images = scans()
+    async with bus.running(digits_file(folder)) as client:
+        answers = [a async for a in client.stream((name, value) for name, _, value in images)]
+    assert [a.id for a in answers] == [name for name, _, _ in images]
+    assert len({(a.source.partition, a.source.offset) for a in answers}) == len(images)
+    assert {a.status for a in answers} == {"ok"}
+    whole = uncut([value for _, _, value in images])
+    for answer, row in zip(answers, whole, strict=True):
+        assert answer.top1.index == int(row.argmax())
+        for label in answer.predictions:
+            assert label.score == pytest.approx(float(row[label.index]), abs=2e-6)
+
+
+async def test_answers_of_one_partition_come_in_the_order_of_its_records(
+    bus: Bus, folder: Path
+) -> None:
+    images = scans()[:300]
+    async with bus.running(digits_file(folder)) as client:
+        watched: list[Prediction] = []
+
+        async def watch() -> None:
+            async for answer in client.watch(from_beginning=True):
+                watched.append(answer)
+                if len(watched) == len(images):
+                    return
+
+        watching = asyncio.create_task(watch())
+        async for _ in client.stream((name, value) for name, _, value in images):
+            pass
+        await asyncio.wait_for(watching, 20)
+    order = defaultdict(list)
+    for answer in watched:
+        order[answer.source.partition].append(answer.source.offset)
+    assert sum(map(len, order.values())) == len(images)
+    for offsets in order.values():
+        assert offsets == sorted(offsets)
+
+
+async def test_every_odd_or_broken_input_has_its_one_outcome(bus: Bus, folder: Path) -> None:
+    """What is broken is an error of its own; the good images around it go through untouched."""
+    cases = [c for c in corpus((1, 8, 8)) if c.name != "60 MB" or bus.name == "memory"]
+    good = scans()[: len(cases)]
+    async with bus.running(digits_file(folder)) as client:
+        sent: list[tuple[str, str, str | None, asyncio.Task[Prediction]]] = []
+        for case, (name, _, value) in zip(cases, good, strict=True):
+            if case.outcome == "none":
+                await client.send(None, id=case.name)
+            else:
+                bad = client.predict(case.value or b"", id=case.name, headers=case.headers)
+                sent.append((case.name, case.outcome, case.kind, asyncio.create_task(bad)))
+            fine = client.predict(value, id=name)
+            sent.append((name, "ok", None, asyncio.create_task(fine)))
+        for name, outcome, kind, task in sent:
+            answer = await task
+            assert answer.id == name
+            assert answer.status == outcome, f"{name}: {answer.error}"
+            assert (answer.error.kind if answer.error else None) == kind, name
+
+
+async def test_meta_and_deadlines_travel(bus: Bus, folder: Path) -> None:
+    name, label, value = scans()[0]
+    async with bus.running(digits_file(folder)) as client:
+        answer = await client.predict(value, id=name, meta={"camera": "7"}, deadline_ms=60_000)
+        assert (answer.status, answer.meta, answer.top1.index) == ("ok", {"camera": "7"}, label)
+        bad = await client.predict(value, id="late", headers=(("si-deadline-ms", b"soon"),))
+        assert bad.error is not None and "si-deadline-ms" in bad.error.message
