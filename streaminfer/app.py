@@ -22,7 +22,7 @@ from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes, Raw
 from streaminfer.runtime.sink import Order, watermark
 from streaminfer.runtime.steps import Step, chain
-from streaminfer.runtime.worker import Limits, Worker
+from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec, PipelineSpec
 from streaminfer.telemetry import serve
 from streaminfer.topology import SINK, Topology, WorkerSpec, build, topic_specs, window
@@ -89,7 +89,7 @@ class Deployment:
             stage,
             stop,
             limits=Limits(serial=True, commit_every=0.1),
-            trimmer=self._trimmer(admin),
+            upkeep=Upkeep(self._trimmer(admin)),
         )
 
     def _stage(
@@ -109,7 +109,7 @@ class Deployment:
             intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
             return Worker(
                 self._consume(role), intake, chain(*steps), outbox, stage, stop,
-                limits=limits, trimmer=self._trimmer(admin),
+                limits=limits, upkeep=Upkeep(self._trimmer(admin)),
             )  # fmt: skip
         flow = Window(window(self.spec, self.plan, self.partitions))
         metrics.window.labels(self.spec.pipeline).set(flow.size)
@@ -121,8 +121,9 @@ class Deployment:
             stage,
             stop,
             limits=limits,
-            trimmer=None if self.history else self._trimmer(admin),
-            watches=(self._watch(admin, flow),),
+            upkeep=Upkeep(
+                None if self.history else self._trimmer(admin), (self._watch(admin, flow),)
+            ),
         )
 
     def _ingest(self, flow: Window, metrics: Metrics) -> Step:
@@ -171,7 +172,7 @@ async def run_worker(
     host: str,
     said: Callable[[str], None],
 ) -> None:
-    """Run one worker with its /metrics until `stop`; `said` is told the address once it is ready."""
+    """Run one worker with its /metrics until `stop`; `said` gets the address once it is ready."""
     from streaminfer import __version__
 
     plan = deployment.plan
@@ -273,17 +274,17 @@ class LocalPipeline:
         )
 
     async def _all_ready(self) -> None:
-        waits = [asyncio.create_task(w.ready.wait()) for w in self._workers]
-        ready = asyncio.gather(*waits)
         failed = asyncio.create_task(self.failed())
-        await asyncio.wait([ready, failed], return_when=asyncio.FIRST_COMPLETED)
-        failed.cancel()
-        if not ready.done():
-            ready.cancel()
-            for task in self._tasks:
-                if task.done():
-                    task.result()
-            raise StreaminferError("a worker ended before it was ready")
+        try:
+            for worker in self._workers:
+                ready = asyncio.create_task(worker.ready.wait())
+                await asyncio.wait([ready, failed], return_when=asyncio.FIRST_COMPLETED)
+                if failed.done():
+                    ready.cancel()
+                    failed.result()
+                    raise StreaminferError("a worker ended before it was ready")
+        finally:
+            failed.cancel()
 
     async def _forget_answers(self, topology: Topology) -> None:
         """Keep the last answers only: in memory nothing else bounds the predictions topic."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from streaminfer.config import load
 from streaminfer.errors import ConfigError, TransportError
 from streaminfer.spec import PipelineSpec
+from streaminfer.spec.file import load
 from streaminfer.transport import Consumer, Headers, Outgoing, Position, Producer, Record, Transport
 from streaminfer.transport.kafka import KafkaSettings, KafkaTransport
 
@@ -253,7 +253,8 @@ class Client:
             return self._early.pop(where)
         if self._reader is not None and self._reader.done():
             self._reader.result()
-        future = self._waiting[where] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        self._waiting[where] = future
         try:
             return await future
         finally:

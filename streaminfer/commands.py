@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -346,7 +345,8 @@ async def watch(
 
 def _line(answer: Prediction) -> str:
     if answer.error:
-        return f"{answer.id}  {answer.status}  {answer.error.stage}/{answer.error.kind}: {answer.error.message}"
+        what = answer.error
+        return f"{answer.id}  {answer.status}  {what.stage}/{what.kind}: {what.message}"
     best = "  ".join(f"{p.label} {p.score:.3f}" for p in answer.predictions[:3])
     return f"{answer.id}  {best or 'ok'}  {answer.e2e_ms:.0f} ms"
 

@@ -6,8 +6,8 @@
     │   └── CaptureError       FATAL        a model torch.export refuses, no such layer
     ├── SampleError            DEAD_LETTER  one sample can never work
     │   ├── DecodeError          kind=decode    bytes that are no image (or too large a one)
-    │   └── SchemaError          kind=schema    a tensor, header or key that is not what the plan says
-    ├── WireError              DEAD_LETTER  kind=decode  bytes on an inner topic that are no envelope
+    │   └── SchemaError          kind=schema    a tensor, header or key not as planned
+    ├── WireError              DEAD_LETTER  kind=decode  bytes on an inner topic, no envelope
     │   └── ForeignDigest        kind=schema    of another plan
     ├── ComputeError           SPLIT        kind=compute the model raised
     │   └── OutOfMemory          kind=oom       the device's memory was not enough for this batch
@@ -89,13 +89,13 @@ class SampleError(StreaminferError):
     """One sample can never work, whoever computes it."""
 
     action = Action.DEAD_LETTER
-    kind = "schema"
+    kind: ClassVar[Kind] = "schema"
 
 
 class DecodeError(SampleError):
     """The value is not an image of an accepted format within the limits."""
 
-    kind = "decode"
+    kind: ClassVar[Kind] = "decode"
 
 
 class SchemaError(SampleError):
@@ -106,40 +106,40 @@ class WireError(StreaminferError):
     """Bytes on an inner topic are not a whole, undamaged envelope."""
 
     action = Action.DEAD_LETTER
-    kind = "decode"
+    kind: ClassVar[Kind] = "decode"
 
 
 class ForeignDigest(WireError):
     """The envelope was made under another plan."""
 
-    kind = "schema"
+    kind: ClassVar[Kind] = "schema"
 
 
 class ComputeError(StreaminferError):
     """The model raised while it computed a batch."""
 
     action = Action.SPLIT
-    kind = "compute"
+    kind: ClassVar[Kind] = "compute"
 
 
 class OutOfMemory(ComputeError):
     """The device's memory was not enough for this batch."""
 
-    kind = "oom"
+    kind: ClassVar[Kind] = "oom"
 
 
 class Expired(StreaminferError):
     """The sample's deadline has passed; no compute is spent on it."""
 
     action = Action.DEAD_LETTER
-    kind = "timeout"
+    kind: ClassVar[Kind] = "timeout"
 
 
 class TransportError(StreaminferError):
     """The broker or the network failed; the same again may work."""
 
     action = Action.RETRY
-    kind = "produce"
+    kind: ClassVar[Kind] = "produce"
 
 
 class RecordTooLarge(TransportError):

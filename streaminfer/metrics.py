@@ -17,7 +17,7 @@ from streaminfer.errors import KINDS
 
 __all__ = ["ACTIVITIES", "OUTCOMES", "Metrics", "Reading", "StageMetrics", "parse"]
 
-_disable_created()
+_disable_created()  # type: ignore[no-untyped-call]
 
 ACTIVITIES = ("decode", "compute", "encode", "produce")
 OUTCOMES = ("ok", "error", "expired")

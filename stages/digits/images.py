@@ -1,7 +1,7 @@
 """The scans: scikit-learn's 1,797 handwritten digits as image files, half PNG and half JPEG.
 
 Both keep the 8x8 pixels as they are: one JPEG block, so nothing is scaled and no block edge runs
-through a digit. At quality 100 a JPEG pixel is off by a few of 255 grey levels.
+through a digit. At quality 100 a JPEG pixel is off by one grey level of 255 at most.
 """
 
 from __future__ import annotations

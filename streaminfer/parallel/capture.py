@@ -56,12 +56,11 @@ class Capture:
 def is_batched(node: fx.Node, batch: torch.SymInt) -> bool:
     """Tell whether a node's value is a tensor with one row per sample."""
     val = node.meta.get("val")
-    return (
-        isinstance(val, torch.Tensor)
-        and val.dim() > 0
-        and isinstance(val.shape[0], torch.SymInt)
-        and bool(val.shape[0].node.expr == batch.node.expr)
-    )
+    return isinstance(val, torch.Tensor) and val.dim() > 0 and _equal(val.shape[0], batch)
+
+
+def _equal(size: object, batch: torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and bool(size.node.expr == batch.node.expr)
 
 
 def capture(
@@ -86,6 +85,7 @@ def capture(
     model.eval()
     exported = _export(model, tuple(args), dict(kwargs or {}))
     module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)  # noqa: S101 - says torch, its types do not
     graph = module.graph
     _drop_assertions(graph)
     _hoist_getitem(graph)
@@ -216,7 +216,7 @@ def _outputs(graph: fx.Graph, spec: pytree.TreeSpec) -> dict[str, fx.Node]:
     return {names[i]: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)}
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Collect the tensors that `get_attr` nodes read, detached."""
     found = {}
     for node in module.graph.nodes:

@@ -65,8 +65,12 @@ def _fits(expected: Expected, tensor: torch.Tensor) -> bool:
     )
 
 
-def check_inputs(specs: Sequence[Expected], tensors: Mapping[str, torch.Tensor]) -> None:
+def check_inputs(
+    specs: Sequence[Expected], tensors: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+) -> None:
     """Check names, dtypes, ranks and fixed sizes before a stage runs.
+
+    A sequence stands for the tensors in the order of `specs`.
 
     A cut-out of a graph has none of the checks of the model it came from, and a wrong shape may
     read beyond a tensor's memory.
@@ -74,6 +78,10 @@ def check_inputs(specs: Sequence[Expected], tensors: Mapping[str, torch.Tensor])
     Raises:
         SchemaError: names the tensor, what was expected and what was found.
     """
+    if not isinstance(tensors, Mapping):
+        names = [spec.name for spec in specs][: len(tensors)]
+        names += [f"#{i}" for i in range(len(names), len(tensors))]
+        tensors = dict(zip(names, tensors, strict=True))
     for spec in specs:
         tensor = tensors.get(spec.name)
         if tensor is None:

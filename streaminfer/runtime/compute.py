@@ -10,7 +10,8 @@ import torch
 
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import StageMetrics
-from streaminfer.parallel import Program, load, read
+from streaminfer.parallel import Program, load
+from streaminfer.parallel.weights import read
 from streaminfer.plan import Plan, stage_files
 from streaminfer.runtime.forward import Forward, Stage
 from streaminfer.runtime.postprocess import normalise, top_k
@@ -65,6 +66,8 @@ def device_of(text: str) -> torch.device:
 
 def _share(spec: PipelineSpec) -> int:
     """Threads of a CPU stage: the machine's cores shared by all the pipeline's CPU workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     workers = sum(stage.replicas for stage in spec.stages if stage.device == "cpu")
     return max(1, cores // max(1, workers))

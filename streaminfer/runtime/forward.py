@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -44,7 +45,7 @@ class Stage:
     threads: int
     batch: BatchSpec
     out_dtype: str = "native"  # of the edge that its outputs take
-    compress: str = "none"
+    compress: Literal["none", "zstd", "lz4"] = "none"
     before: Callable[[torch.Tensor], torch.Tensor] | None = None
     after: Callable[[Mapping[str, torch.Tensor]], Outputs] | None = None
 
@@ -119,6 +120,8 @@ class Forward:
         whole = item.envelope
         if whole is None:
             raise TypeError("forward takes envelopes")
+        if whole.samples[0].failure:  # outcomes only pass
+            return Result(outcomes=(whole,))
         late = self._late(whole)
         rows = [i for i, s in enumerate(whole.samples) if s.offset not in late]
         if not rows:
@@ -194,7 +197,8 @@ class Forward:
             rows = sum(len(c.envelope.samples) for c in queue)
             aged = now - queue[0].arrived >= self._stage.batch.wait
             if (rows >= self._limit and self._running < 2) or (aged and not self._running):
-                calls, rows = [], 0
+                calls: list[_Call] = []
+                rows = 0
                 while queue and (not calls or rows + len(queue[0].envelope.samples) <= self._limit):
                     rows += len(queue[0].envelope.samples)
                     calls.append(queue.popleft())
@@ -301,8 +305,10 @@ class Forward:
     def _forward(self, inputs: Mapping[str, torch.Tensor]) -> Outputs:
         if self._program is None:
             raise ComputeError("the stage is stopped")
+        stage = self._stage.plan
         with torch.inference_mode():
-            outputs = self._program(inputs)
+            values = self._program(*[inputs[spec.name] for spec in stage.inputs])
+            outputs = dict(zip((spec.name for spec in stage.outputs), values, strict=True))
             if self._stage.after is not None:
                 outputs = self._stage.after(outputs)
             if cast := CAST[self._stage.out_dtype]:
@@ -327,7 +333,7 @@ class Forward:
     def _unload(self, outputs: Outputs, rows: Sequence[int]) -> list[_Done]:
         results = [_Done() for _ in rows]
         for name, value in outputs.items():
-            for done, part in zip(results, value.split(list(rows)), strict=True):
+            for done, part in zip(results, torch.split(value, list(rows)), strict=True):
                 packed = Tensor(NAMES[part.dtype], tuple(part.shape), as_bytes(part))
                 done.tensors[name] = (
                     packed

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
-from streaminfer.errors import DecodeError, SampleError, SchemaError
+from streaminfer.errors import DecodeError, Kind, SampleError, SchemaError
 from streaminfer.metrics import StageMetrics
 from streaminfer.plan import Plan
 from streaminfer.runtime.decode import decode_image
@@ -177,7 +178,7 @@ class Ingest:
             self._check(row.shape, "image")
         else:
             raise SchemaError(
-                f"this pipeline takes tensors: content-type must be {TENSOR}, not {kind or 'none'!r}"
+                f"content-type is {kind or 'none'!r}; this pipeline takes tensors: {TENSOR}"
             )
         if sample.deadline_ms and self._clock() * 1000 > sample.deadline_ms:
             return self._fail(
@@ -217,11 +218,12 @@ class Ingest:
                 + (": set input.resize and input.crop to fit all images" * (what == "image"))
             )
 
-    def _fail(self, sample: Sample, status: str, kind: str, text: str) -> Sample:
-        outcome = "expired" if status == "expired" else "error"
-        self._metrics.samples[outcome].inc()
-        self._metrics.errors[kind].inc()  # type: ignore[index]
-        return replace(sample, failure=Failure(outcome, self._stage, kind, text[:1000]))
+    def _fail(
+        self, sample: Sample, status: Literal["error", "expired"], kind: Kind, text: str
+    ) -> Sample:
+        self._metrics.samples[status].inc()
+        self._metrics.errors[kind].inc()
+        return replace(sample, failure=Failure(status, self._stage, kind, text[:1000]))
 
     def _form(
         self, tp: TopicPartition, decoded: Sequence[tuple[Sample, np.ndarray | Tensor | None]]
@@ -273,14 +275,14 @@ def _check_headers(record: Record) -> None:
     meta = {k: v.decode("utf-8", "replace") for k, v in record.headers if k.startswith(META)}
     if not _fits(meta):
         raise SchemaError(
-            f"at most {MAX_META - 1} {META}* headers of at most {MAX_TEXT} characters; found {len(meta)}"
+            f"at most {MAX_META - 1} {META}* headers of at most {MAX_TEXT} characters; "
+            f"found {len(meta)}"
         )
 
 
 def _stack(dtype: str, shape: tuple[int, ...], rows: Sequence[np.ndarray | Tensor]) -> Tensor:
     parts = [
-        memoryview(row.data) if isinstance(row, Tensor) else memoryview(row).cast("B")
-        for row in rows
+        memoryview(row.data) if isinstance(row, Tensor) else row.data.cast("B") for row in rows
     ]
     data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
     return Tensor(dtype, (len(rows), *shape), data)

@@ -7,14 +7,13 @@ transaction that makes the sink exactly-once will be a second class with the sam
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 
 from streaminfer.metrics import StageMetrics
 from streaminfer.runtime.steps import Result
 from streaminfer.transport import Outgoing, Position, Producer
-from streaminfer.wire import Envelope, encode, headers, split
+from streaminfer.wire import Envelope, records
 
 __all__ = ["Outbox"]
 
@@ -41,32 +40,30 @@ class Outbox:
         Raises TransportError when it was not; then nothing of the result may be settled.
         """
         began = time.perf_counter()
-        records = [*result.answers]
+        outgoing = [*result.answers]
         for topic, envelopes in ((self._target, result.outputs), (self._sink, result.outcomes)):
             for envelope in envelopes:
-                records += self._records(topic, envelope)
+                outgoing += self._records(topic, envelope)
         acks: list[asyncio.Future[Position]] = []
         async with self._sender:
-            acks += [await self._producer.send(record) for record in records]
+            acks += [await self._producer.send(record) for record in outgoing]
         await asyncio.gather(*acks)
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
-        self._count(records)
+        self._count(outgoing)
         if result.acked is not None:
             result.acked()
 
     def _records(self, topic: str, envelope: Envelope) -> list[Outgoing]:
         """Encode an envelope; its records go to the origin's partition, in order."""
-        chunks = split(encode(envelope), self._max_bytes)
-        labels = headers(envelope, chunks, os.urandom(8).hex())
         return [
-            Outgoing(topic, value, None, envelope.partition, label)
-            for value, label in zip(chunks, labels, strict=True)
+            Outgoing(topic, value, None, envelope.partition, headers)
+            for headers, value in records(envelope, self._max_bytes)
         ]
 
-    def _count(self, records: Sequence[Outgoing]) -> None:
+    def _count(self, outgoing: Sequence[Outgoing]) -> None:
         metrics = self._metrics
-        metrics.produced.inc(len(records))
-        sizes = [len(record.value or b"") for record in records]
+        metrics.produced.inc(len(outgoing))
+        sizes = [len(record.value or b"") for record in outgoing]
         metrics.sent_bytes.inc(sum(sizes))
         for size in sizes:
             metrics.record_size["out"].observe(size)

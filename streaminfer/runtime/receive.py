@@ -6,6 +6,7 @@ Envelopes  records of a stage   → chunks put together, envelopes decoded and j
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,9 +18,11 @@ from streaminfer.runtime.flow import Window
 from streaminfer.runtime.steps import Item
 from streaminfer.spec import BatchSpec
 from streaminfer.transport import Position, Record, TopicPartition
-from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Origin, Sample, decode
+from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Sample, decode
 
 __all__ = ["Envelopes", "Intake", "Raw"]
+
+log = logging.getLogger(__name__)
 
 
 class Intake(Protocol):
@@ -112,7 +115,7 @@ class Envelopes:
     ) -> None:
         self._stage, self._digest, self._metrics = stage, digest, metrics
         self._max_bytes = max_bytes
-        self._assemblers: dict[TopicPartition, Assembler] = {}
+        self._assembler: Assembler[Position] = Assembler(max_bytes)
         self._ready: deque[Item] = deque()
         self._settled: list[Position] = []
 
@@ -124,26 +127,76 @@ class Envelopes:
                 self._add(record)
             except BrokenMessage as error:
                 self._broken(error)
-        self._metrics.codec_time["decode"].observe(time.perf_counter() - began)
+        self._metrics.busy["decode"].inc(time.perf_counter() - began)
+
+    def take(self) -> Iterator[Item]:
+        """Hand out the envelopes that are whole."""
+        while self._ready:
+            yield self._ready.popleft()
+
+    def settled(self) -> Sequence[Position]:
+        """Hand out repeats, orphans and what nobody can make sense of."""
+        found, self._settled = self._settled, []
+        return found
+
+    def due(self) -> float | None:
+        """Nothing becomes ready by itself."""
+        return None
+
+    def blocked(self) -> frozenset[TopicPartition]:
+        """Nothing is held back here: the budget does that."""
+        return frozenset()
+
+    def forget(self, partitions: Collection[TopicPartition]) -> None:
+        """Drop what is held of these."""
+        gone = set(partitions)
+        for tp in gone:
+            self._assembler.forget(*tp)
+        self._ready = deque(i for i in self._ready if i.positions[0].tp not in gone)
+        self._settled = [p for p in self._settled if p.tp not in gone]
 
     def _add(self, record: Record) -> None:
-        tp = record.position.tp
-        assembler = self._assemblers.setdefault(tp, Assembler(self._max_bytes))
-        message = assembler.add(record.offset, record.headers, record.value)
-        self._settled += [Position(*tp, offset) for offset in assembler.abandoned()]
+        message, settled = self._assembler.add(record.position, record.headers, record.value)
+        self._settled += settled
         if message is None:
             return
-        positions = tuple(Position(*tp, offset) for offset in message.offsets)
         try:
             envelope = decode(message.buffer, max_bytes=self._max_bytes)
             if self._digest is not None and envelope.digest != self._digest:
                 raise ForeignDigest(
                     f"made under plan {envelope.digest[:8]}; this worker has {self._digest[:8]}"
                 )
+        except ForeignDigest as error:
+            gone = {s.offset: self._failure(error.kind, str(error)) for s in envelope.samples}
+            self._fail(envelope.outcomes(gone), message.positions)
         except WireError as error:
-            raise BrokenMessage(
-                str(error), message.offsets, message.origin, tp, error.kind
-            ) from error
-        self._ready.append(
-            Item(positions, envelope, nbytes=len(message.buffer), since=record.timestamp_ms / 1000)
+            raise BrokenMessage(str(error), message.positions, message.origin) from error
+        else:
+            since = record.timestamp_ms / 1000
+            size = len(message.buffer)
+            self._ready.append(Item(message.positions, envelope, nbytes=size, since=since))
+
+    def _broken(self, error: BrokenMessage[Position]) -> None:
+        """Speak for samples whose envelope cannot be read: only their offsets are known."""
+        log.error("broken record at %s: %s", error.positions, error)
+        self._metrics.errors[error.kind].inc()
+        if error.origin is None:  # not ours at all: nobody waits for it
+            self._settled += error.positions
+            return
+        failure = self._failure(error.kind, f"its record on the way was damaged: {error}")
+        samples = tuple(
+            Sample(last, first, f"offsets-{first}-{last}", None, 0, failure=failure)
+            for first, last in error.origin.intervals()
         )
+        origin = error.origin
+        envelope = Envelope(
+            origin.partition, samples, "0" * 64, origin.incarnation, part=origin.part
+        )
+        self._fail(envelope, error.positions)
+
+    def _fail(self, outcome: Envelope, positions: tuple[Position, ...]) -> None:
+        self._metrics.samples["error"].inc(len(outcome.samples))
+        self._ready.append(Item(positions, outcome))
+
+    def _failure(self, kind: str, text: str) -> Failure:
+        return Failure("error", self._stage, kind, text[:1000])

@@ -27,7 +27,7 @@ def as_bytes(value: torch.Tensor) -> memoryview:
     """See a contiguous CPU tensor as bytes (numpy has no bfloat16, hence the detour by uint8)."""
     if not value.numel():
         return memoryview(b"")
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def select(envelope: Envelope, rows: Sequence[int]) -> Envelope:

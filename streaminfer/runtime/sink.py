@@ -21,7 +21,7 @@ import numpy as np
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
 from streaminfer.runtime.steps import Item, Result, Settled
-from streaminfer.transport import Outgoing, TopicPartition
+from streaminfer.transport import Headers, Outgoing, TopicPartition
 from streaminfer.wire import Envelope, Failure, Hop, Sample, Tensor
 
 __all__ = ["Order", "watermark"]
@@ -179,7 +179,7 @@ class Order:
         self._stage.samples[
             "ok" if status == "ok" else "expired" if status == "expired" else "error"
         ].inc()
-        headers = (
+        headers: Headers = (
             ("content-type", b"application/json"),
             ("si-id", sample.id.encode()),
             ("si-status", status.encode()),

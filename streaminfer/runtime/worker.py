@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from streaminfer.errors import Action, NotOwner, StreaminferError, TransportError
 from streaminfer.metrics import StageMetrics
@@ -25,7 +26,7 @@ from streaminfer.runtime.steps import Item, Settled, Step
 from streaminfer.runtime.tracker import Tracker
 from streaminfer.transport import Commit, Consumer, Listener, Record, TopicPartition
 
-__all__ = ["Limits", "Worker"]
+__all__ = ["Limits", "Upkeep", "Worker"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,16 @@ class Limits:
     retries: float = 0.2  # seconds before a failed publish is tried again; doubles up to 5
 
 
+class Upkeep(NamedTuple):
+    """What else a worker looks after while it runs."""
+
+    trimmer: Trimmer | None = None
+    watches: Sequence[Watch] = ()
+
+
+NO_UPKEEP = Upkeep()
+
+
 class Worker(Listener):
     """One async consumer that runs one step. Construct, then `run`; `stop` is passed in."""
 
@@ -55,12 +66,12 @@ class Worker(Listener):
         stop: asyncio.Event,
         *,
         limits: Limits = Limits(),
-        trimmer: Trimmer | None = None,
-        watches: Sequence[Watch] = (),
+        upkeep: Upkeep = NO_UPKEEP,
     ) -> None:
         self._consumer = consume(self)
         self._intake, self._step, self._outbox, self._metrics = intake, step, outbox, metrics
-        self._stop, self._limits, self._trimmer, self._watches = stop, limits, trimmer, watches
+        self._stop, self._limits = stop, limits
+        self._trimmer, self._watches = upkeep
         self._tracker = Tracker()
         self._budget = Budget(limits.nbytes, limits.samples)
         self._calls: set[asyncio.Task[None]] = set()

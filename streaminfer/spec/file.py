@@ -10,14 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from streaminfer.errors import ConfigError
 from streaminfer.spec.checks import Problem, did_you_mean
 from streaminfer.spec.models import PipelineSpec
 from streaminfer.spec.problems import problems_of
-from streaminfer.spec.tree import FREE, Data, KeyPath, Tree, parse, plain_value
+from streaminfer.spec.tree import FREE, Data, KeyPath, Tree, flow_value, parse, plain_value
 
 __all__ = ["load", "origins"]
 
@@ -94,12 +93,13 @@ class _Reading:
         if keys is None:
             return
         owner: object = self.data
-        for key in keys[:-1]:
+        for n, key in enumerate(keys[:-1], 1):
             if isinstance(owner, list) and isinstance(key, int):
                 owner = owner[key]
             elif isinstance(owner, dict):
                 if owner.get(key) is None:
                     owner[key] = {}
+                    self.places.setdefault(keys[:n], place)
                 owner = owner[key]
         if not isinstance(owner, dict):
             return  # the file has something else there, and is told so
@@ -199,11 +199,7 @@ def _value(keys: KeyPath, text: str) -> object:
     if keys[-1] in RAW:
         return text
     if text[:1] in ("[", "{") and text[-1:] in ("]", "}"):
-        try:
-            value: object = yaml.load(text, yaml.CSafeLoader)
-        except yaml.YAMLError:
-            return text
-        return value
+        return flow_value(text)
     if keys[:2] == FREE:
         return plain_value(text)
     return None if text in ("", "null", "~") else text

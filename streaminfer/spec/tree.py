@@ -15,7 +15,7 @@ import yaml
 from streaminfer.errors import ConfigError
 from streaminfer.spec.checks import Problem
 
-__all__ = ["Data", "KeyPath", "Tree", "parse", "plain_value"]
+__all__ = ["Data", "KeyPath", "Tree", "flow_value", "parse", "plain_value"]
 
 KeyPath = tuple[str | int, ...]
 Data = dict[str, object]
@@ -44,6 +44,7 @@ class Tree:
 def parse(text: str, file: str, environ: Mapping[str, str]) -> Tree:
     """Build the tree of one YAML document. Raises ConfigError if it is not a mapping."""
     try:
+        _refuse_depth(text, file)
         loader = yaml.CSafeLoader(text)
         try:
             node = loader.get_single_node()
@@ -63,6 +64,16 @@ def parse(text: str, file: str, environ: Mapping[str, str]) -> Tree:
     return builder.tree
 
 
+def flow_value(text: str) -> object:
+    """Return what "[1, 2]" or "{a: 1}" means in YAML; the text itself if it is none."""
+    try:
+        _refuse_depth(text, "")
+        value: object = yaml.load(text, yaml.CSafeLoader)
+    except (yaml.YAMLError, ConfigError, ValueError):
+        return text
+    return value
+
+
 def plain_value(text: str) -> object:
     """Return what an unquoted scalar means in YAML: "8" is a number, "null" nothing."""
     loader = yaml.CSafeLoader("")
@@ -71,6 +82,17 @@ def plain_value(text: str) -> object:
         return text
     value: object = loader.construct_object(yaml.ScalarNode(tag, text))
     return value
+
+
+def _refuse_depth(text: str, file: str) -> None:
+    # by events, because composing recurses in C and would end the process
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1
+            raise ConfigError(f"more than {MAX_DEPTH} levels", where=f"{file}:{line}")
 
 
 def _syntax(error: yaml.YAMLError, text: str, file: str) -> ConfigError:
@@ -91,12 +113,13 @@ class _Builder:
         self.loader, self.environ, self.file = loader, environ, file
         self.tree = Tree()
         self.left = MAX_VALUES
+        self.depth = 0
 
     def build(self, node: yaml.Node, path: KeyPath) -> object:
         """Return the node's data; `path` is where it stands."""
         line = self.tree.lines.setdefault(path, node.start_mark.line + 1)
         self.left -= 1
-        if self.left < 0 or len(path) > MAX_DEPTH:
+        if self.left < 0 or self.depth >= MAX_DEPTH:
             raise ConfigError(
                 f"more than {MAX_VALUES} values or {MAX_DEPTH} levels",
                 where=f"{self.file}:{line}",
@@ -104,9 +127,13 @@ class _Builder:
             )
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path)
-        return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
+        self.depth += 1
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, path)
+            return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
+        finally:
+            self.depth -= 1
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> Data:
         """Build a mapping; `<<` gives what its own keys do not say."""
@@ -170,4 +197,4 @@ class _Builder:
             )
         if not text or (missing and path == MAY_BE_UNSET):
             return None
-        return plain_value(text) if node.style is None and path[:2] == FREE else text
+        return plain_value(text) if not node.style and path[:2] == FREE else text

@@ -54,7 +54,7 @@ def parse_size(value: object) -> int:
 def parse_duration(value: object) -> float:
     """Return seconds of 0.004, "4ms", "100us", "10m". Raises ValueError."""
     if isinstance(value, str) and (match := re.match(DURATION, value)):
-        value = float(match[1]) * SECONDS[match[2] or "s"]
+        value = round(float(match[1]) * SECONDS[match[2] or "s"], 12)  # 9ms is 0.009
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError('expected a duration as 0.5 (seconds), "4ms", "30s" or "10m"')
     if not (math.isfinite(value) and value >= 0):

@@ -105,7 +105,8 @@ def _quotas(
     """
     total = sum(weights[name] for name in bundle.members)
     exact = {
-        name: bundle.partitions * (weights[name] / total if total else Fraction(1, len(bundle.members)))
+        name: bundle.partitions
+        * (weights[name] / total if total else Fraction(1, len(bundle.members)))
         for name in bundle.members
     }
     quotas = {name: floor(share) for name, share in exact.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from streaminfer.errors import NotOwner, TransportError
 from streaminfer.transport.assignor import Member, assign
@@ -40,21 +40,17 @@ class Seat:
     """A member's own view: what it reads and from where. Its listener is called one at a time."""
 
     def __init__(
-        self,
-        name: str,
-        topics: Sequence[str],
-        weight: float,
-        listener: Listener | None,
-        wake: Callable[[], None],
+        self, name: str, topics: Sequence[str], weight: float, listener: Listener | None
     ) -> None:
         self.name, self.topics, self.weight = name, tuple(topics), weight
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.open = False  # records may be handed out: no rebalance is going on
         self.leaving = False  # takes nothing any more
         self.ready = asyncio.Event()  # the first share has been taken
-        self.failure: Exception | None = None  # of the listener, for the next poll
+        self.failure: Exception | None = None  # of `assigned`: this member cannot go on
         self.last: tuple[TopicPartition, ...] = ()  # owned before the rebalance: kept if possible
-        self._listener, self._wake = listener, wake
+        self._listener = listener
+        self._waiter: asyncio.Future[None] | None = None
         self._lane = asyncio.Lock()  # a listener hears of one change after the other
         self._recalled = False  # a revoke waits for the lane: an `assigned` must not open
 
@@ -62,9 +58,9 @@ class Seat:
         """Stop handing out, let the listener finish, own nothing."""
         self.open, self._recalled = False, True
         async with self._lane:
-            if self.cursors and self._listener:
-                await self._tell(self._listener.revoked(tuple(self.cursors)))
             self.last = tuple(self.cursors)
+            if self.last and self._listener:
+                await self._finish(self._listener)
             self.clear()
             self._recalled = False
 
@@ -76,18 +72,38 @@ class Seat:
             for log in logs:
                 commit = commits.get(log.tp)
                 self.cursors[log.tp] = Cursor(log, commit.offset if commit else log.start)
-                log.watchers.add(self._wake)
+                log.watchers.add(self.wake)
             if self.cursors and self._listener:
-                known = {tp: commits.get(tp) for tp in self.cursors}
-                await self._tell(self._listener.assigned(known))
+                await self._begin(self._listener, {tp: commits.get(tp) for tp in self.cursors})
             self.open = not self._recalled
             self.ready.set()
-            self._wake()
+            self.wake()
+
+    def check(self) -> None:
+        """Raise TransportError if this member cannot go on: make a new consumer."""
+        if self.failure:
+            raise TransportError(
+                f"{self.name} cannot take over its partitions: {self.failure}"
+            ) from self.failure
+
+    async def news(self, seconds: float) -> None:
+        """Wait until something changed that a poller must look at, or for so many seconds."""
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        timer = waiter.get_loop().call_later(seconds, _release, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+
+    def wake(self) -> None:
+        """Let the poller look again."""
+        if self._waiter is not None:
+            _release(self._waiter)
 
     def clear(self) -> None:
         """Own nothing."""
         for cursor in self.cursors.values():
-            cursor.log.watchers.discard(self._wake)
+            cursor.log.watchers.discard(self.wake)
         self.cursors = {}
 
     async def close(self, patience: float) -> None:
@@ -103,15 +119,29 @@ class Seat:
         self.leaving, self.open = True, False
         self.clear()
         self.ready.set()
-        self._wake()
+        self.wake()
 
-    async def _tell(self, call: Awaitable[None]) -> None:
+    async def _begin(
+        self, listener: Listener, partitions: Mapping[TopicPartition, Commit | None]
+    ) -> None:
         try:
-            await call
+            await listener.assigned(partitions)
         except Exception as error:
-            _logger.exception("the rebalance listener of %s failed", self.name)
+            _logger.exception("%s cannot take over its partitions", self.name)
             self.failure = error
-            self._wake()
+            self.clear()
+
+    async def _finish(self, listener: Listener) -> None:
+        """Await the listener; a failure of it must not keep the partitions from the others."""
+        try:
+            await listener.revoked(self.last)
+        except Exception:
+            _logger.exception("the listener of %s failed to give up its partitions", self.name)
+
+
+def _release(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class Group:
@@ -185,7 +215,9 @@ class Group:
 
     async def _deal(self) -> None:
         seats = self._seats
-        members = {name: Member(seat.weight, seat.topics, seat.last) for name, seat in seats.items()}
+        members = {
+            name: Member(seat.weight, seat.topics, seat.last) for name, seat in seats.items()
+        }
         named = {topic for seat in seats.values() for topic in seat.topics}
         topics = {name: found for name in named if (found := self._topics.find(name))}
         shares = assign(members, {name: len(topic.logs) for name, topic in topics.items()})

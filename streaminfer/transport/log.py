@@ -14,7 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from streaminfer.errors import RecordTooLarge, TopicError, TransportError
-from streaminfer.transport.base import Headers, Outgoing, Position, Record, TopicPartition, TopicSpec
+from streaminfer.transport.base import (
+    Headers,
+    Outgoing,
+    Position,
+    Record,
+    TopicPartition,
+    TopicSpec,
+)
 
 __all__ = ["Log", "Topic", "Topics"]
 
@@ -44,9 +51,7 @@ class Log:
         topic, partition = self.tp
         offset = self.start + len(self._records)
         self._records.append(
-            Record(
-                topic, partition, offset, timestamp_ms, record.key, record.value, record.headers
-            )
+            Record(topic, partition, offset, timestamp_ms, record.key, record.value, record.headers)
         )
         self.notify()
         return Position(topic, partition, offset)
@@ -143,7 +148,9 @@ class Topics:
         """Return a topic. Raises TopicError if it is missing."""
         topic = self._topics.get(name)
         if topic is None:
-            raise TopicError(f"there is no topic {name}; create it first (streaminfer topics apply)")
+            raise TopicError(
+                f"there is no topic {name}; create it first (streaminfer topics apply)"
+            )
         return topic
 
     def log(self, tp: TopicPartition) -> Log:

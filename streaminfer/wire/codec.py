@@ -12,8 +12,8 @@ The header is an array; what is marked with n is a column with one entry per sam
 every sample has the default:
 
     partition · digest (32 bytes) · incarnation · [part k, of n] · [[stage, queue, compute, batch]]
-    n gaps        start − end of the sample before; of the first sample: its start
-    n spans       offset − start; no delta is negative, so offsets rise and intervals never overlap
+    n gaps        start - end of the sample before; of the first sample: its start
+    n spans       offset - start; no delta is negative, so offsets rise and intervals never overlap
     n ids · n keys · n timestamps (difference to the sample before) · n deadlines · n meta
     n failures    nil or [status, stage, kind, message]
     tensors       [[name, dtype, [dim…], codec, bytes as they travel]]
@@ -232,7 +232,9 @@ def decode_tensor_input(value: bytes, *, max_bytes: int) -> TensorInput:
         )
     except WireError as error:
         raise _wrong("message", "a msgpack map", str(error)) from None
-    fields = _fields("", body, {"v": int, "tensor": dict}, {"id": str, "meta": dict, "deadline_ms": int})
+    fields = _fields(
+        "", body, {"v": int, "tensor": dict}, {"id": str, "meta": dict, "deadline_ms": int}
+    )
     if fields["v"] != VERSION:
         raise _wrong("v", str(VERSION), repr(fields["v"]))
     id_, deadline = fields["id"], fields["deadline_ms"]
@@ -242,7 +244,9 @@ def decode_tensor_input(value: bytes, *, max_bytes: int) -> TensorInput:
         raise _wrong("deadline_ms", "Unix time in ms", str(deadline))
     for key, text in (fields["meta"] or {}).items():
         if type(key) is not str or type(text) is not str or max(len(key), len(text)) > MAX_TEXT:
-            raise _wrong(f"meta.{key!s:.80}", f"a str of at most {MAX_TEXT} characters", _kind(text))
+            raise _wrong(
+                f"meta.{key!s:.80}", f"a str of at most {MAX_TEXT} characters", _kind(text)
+            )
     return TensorInput(_user_tensor(fields["tensor"]), id_, fields["meta"] or {}, deadline)
 
 

@@ -160,7 +160,9 @@ def _check_texts(name: str, values: list[str]) -> None:
 
 
 def _is_word(text: str) -> bool:
-    return len(text) <= MAX_INCARNATION and text.isascii() and text.isprintable() and " " not in text
+    return (
+        len(text) <= MAX_INCARNATION and text.isascii() and text.isprintable() and " " not in text
+    )
 
 
 def _check_part(part: Any) -> None:

@@ -22,7 +22,17 @@ from streaminfer.errors import WireError
 from streaminfer.wire.columns import MAX_SAMPLES
 from streaminfer.wire.envelope import Envelope
 
-__all__ = ["CONTENT_TYPE", "SCHEMA", "Chunk", "Origin", "headers", "read_chunk", "read_origin"]
+__all__ = [
+    "CONTENT_TYPE",
+    "SCHEMA",
+    "Chunk",
+    "Headers",
+    "Origin",
+    "chunk_header",
+    "headers",
+    "read_chunk",
+    "read_origin",
+]
 
 Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 

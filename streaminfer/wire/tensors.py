@@ -23,7 +23,9 @@ from streaminfer.wire.envelope import Tensor
 __all__ = [
     "ITEMSIZE",
     "MAX_BYTES",
+    "MAX_DIMS",
     "Buffer",
+    "Compression",
     "check",
     "compress",
     "decompress",

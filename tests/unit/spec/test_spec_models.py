@@ -47,7 +47,7 @@ def test_everything_but_model_and_stages_has_a_default() -> None:
 
 def test_a_declaration_cannot_change_under_its_users() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        declare().memory = 1  # type: ignore[misc]
+        declare().memory = 1
 
 
 def test_an_edge_is_its_own_over_the_default() -> None:

@@ -132,8 +132,8 @@ def test_patterns(pattern: str, good: list[str], bad: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Name, Topic, Prefix, Device])
-def test_a_line_end_does_not_slip_into_a_topics_name(kind: object) -> None:
-    adapter: TypeAdapter[str] = TypeAdapter(kind)
+def test_a_line_end_does_not_slip_into_a_topics_name(kind: type[str]) -> None:
+    adapter = TypeAdapter(kind)
     assert adapter.validate_python("cpu") == "cpu"
     with pytest.raises(ValueError, match="expected"):
         adapter.validate_python("cpu\n")

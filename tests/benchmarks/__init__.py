@@ -1,0 +1,1 @@
+"""What streaminfer costs, measured against what one would write by hand. `make bench`."""

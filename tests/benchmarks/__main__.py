@@ -1,0 +1,77 @@
+"""Run the measures, print the table, keep the rows in build/bench.json.
+
+`python -m tests.benchmarks [NAME]`; exit code 1 if a goal does not hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks import bounded, digits, memory, resnet50
+from tests.benchmarks.processes import ROOT
+from tests.benchmarks.rows import Row, update
+
+FILE = ROOT / "build" / "bench.json"
+Measure = Callable[[Mapping[str, str | None]], Awaitable[list[Row]]]
+# What shares its rounds stands together. Without a goal: only reported.
+MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
+    (memory.hop, {memory.HOP: None}),
+    (memory.efficiency, {memory.EFFICIENCY: None}),
+    (digits.measure, {digits.CHAIN: "≥ 0.5"}),
+    (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
+    (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
+    (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
+)
+NAMES = [name for _, goals in MEASURES for name in goals]
+
+
+async def run(only: str | None) -> list[Row]:
+    """Run all measures, or one."""
+    rows: list[Row] = []
+    for measure, goals in MEASURES:
+        wanted = {name: goal for name, goal in goals.items() if only in (None, name)}
+        if not wanted:
+            continue
+        print(f"{' '.join(wanted)}", flush=True)
+        began = time.monotonic()
+        try:
+            rows += await measure(wanted)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            rows += [Row(name, None, "", goal, reason) for name, goal in wanted.items()]
+        print(f"  {time.monotonic() - began:.0f} s", flush=True)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Draw the rows."""
+    drawn = Table("measure", "value", "unit", "goal", "holds", "how it came about")
+    for row in rows:
+        value = "-" if row.value is None else f"{row.value:.3g}" if row.value < 100 else f"{row.value:.0f}"
+        mark = "[green]yes[/]" if row.holds else "[red]NO[/]"
+        drawn.add_row(row.name, value, row.unit, row.goal or "report", mark, row.note)
+    return drawn
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure; 0 if every goal holds, 1 if not, 2 if there is no such measure."""
+    console = Console()
+    only = arguments[0] if arguments else None
+    if only is not None and only not in NAMES:
+        console.print(f"no measure {only!r}; there are: {', '.join(NAMES)}")
+        return 2
+    rows = asyncio.run(run(only))
+    update(FILE, rows, NAMES)
+    console.print(table(rows))
+    console.print(f"all rows: {FILE.relative_to(ROOT)}")
+    return 0 if all(row.holds for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""The editor agrees with the loader: what it underlines is refused, what it accepts is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from streaminfer.spec import PipelineSpec, json_schema
+
+STAGES = Path(__file__).parents[3] / "stages"
+TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+KNOWN = {
+    "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
+    "description", "enum", "format", "items", "maximum", "minItems", "minLength", "minimum",
+    "pattern", "properties", "required", "title", "type", "writeOnly",
+}  # fmt: skip
+GOOD: dict[str, Any] = {
+    "pipeline": "toy",
+    "model": {"factory": "m:f", "example": [3, 8, 8], "kwargs": {"any": [1, {"x": None}]}},
+    "batch": {"max": 4, "wait": "4ms"},
+    "stages": [{"name": "a", "until": "x", "device": "cuda:1"}, {"name": "b", "batch": {"max": 2}}],
+    "edges": {"default": {"dtype": "float16"}, "b": {"compress": "zstd"}},
+    "input": {"crop": 8, "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "max_bytes": "16MB"},
+    "output": {"labels": ["cat", 1], "top_k": 0},
+    "kafka": {"bootstrap": None, "history": "10m", "max_record_bytes": 900000},
+    "memory": 1000000,
+}
+
+
+def wrong(value: object, schema: dict[str, Any], root: dict[str, Any]) -> Iterator[str]:
+    """Yield what JSON Schema says against a value (the words of it that our schema uses)."""
+    assert set(schema) <= KNOWN, set(schema) - KNOWN
+    if "$ref" in schema:
+        yield from wrong(value, root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root)
+    if "anyOf" in schema and all(any(wrong(value, s, root)) for s in schema["anyOf"]):
+        yield f"{value!r} is none of them"
+    kind = schema.get("type")
+    if kind and type(value) not in TYPES[kind]:  # a bool is an int, but not here
+        yield f"{value!r} is no {kind}"
+    elif value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        yield f"{value!r} is no choice"
+    elif isinstance(value, dict):
+        yield from wrong_mapping(value, schema, root)
+    elif isinstance(value, list):
+        for item in value:
+            yield from wrong(item, schema.get("items", {}), root)
+    if not within(value, schema):
+        yield f"{value!r} is out of bounds"
+
+
+def within(value: object, schema: dict[str, Any]) -> bool:
+    if isinstance(value, str):
+        return bool(re.search(schema.get("pattern", ""), value)) and len(value) >= schema.get(
+            "minLength", 0
+        )
+    if isinstance(value, int | float):
+        return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
+    return not isinstance(value, list) or len(value) >= schema.get("minItems", 0)
+
+
+def wrong_mapping(
+    value: dict[str, object], schema: dict[str, Any], root: dict[str, Any]
+) -> Iterator[str]:
+    yield from (f"no {key}" for key in schema.get("required", ()) if key not in value)
+    known = schema.get("properties", {})
+    others = schema.get("additionalProperties", {})
+    for key, item in value.items():
+        if key not in known and others is False:
+            yield f"unknown {key}"
+        else:
+            yield from wrong(item, known.get(key, others), root)
+
+
+def judge(data: object) -> list[str]:
+    schema = json_schema()
+    return list(wrong(data, schema, schema))
+
+
+def test_the_schema_is_one_json_document_that_names_itself() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["$id"] == "urn:streaminfer:pipeline:1"
+    assert schema["title"] == "streaminfer pipeline"
+    assert set(schema["required"]) == {"pipeline", "model", "stages"}
+
+
+def test_a_good_file_is_good_for_both() -> None:
+    assert judge(GOOD) == []
+    assert PipelineSpec.model_validate(GOOD).edge("b").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batc": {}},
+        {"pipeline": "a/b"},
+        {"stages": []},
+        {"stages": [{"name": "a", "devise": "cpu"}]},
+        {"stages": [{"name": "a", "device": "gpu"}]},
+        {"stages": [{"until": "x"}]},
+        {"batch": {"max": 0}},
+        {"batch": {"wait": "4 fortnights"}},
+        {"memory": "lots"},
+        {"delivery": "exactly_once"},
+        {"edges": {"b": {"dtype": "int8"}}},
+        {"edges": {"b": 3}},
+        {"input": {"channels": 2}},
+        {"input": {"topic": "a b"}},
+        {"output": {"labels": 3}},
+        {"model": {"factory": "resnet", "example": [3, 8, 8]}},
+        {"model": {"factory": "m:f"}},
+        {"kafka": {"security_protocol": "TLS"}},
+        {"metrics": {"port": 70000}},
+    ],
+)
+def test_a_bad_file_is_bad_for_both(change: dict[str, Any]) -> None:
+    assert judge(GOOD | change) != []
+    with pytest.raises(ValidationError):
+        PipelineSpec.model_validate(GOOD | change)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(STAGES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_the_stages_files_are_not_underlined(path: Path) -> None:
+    assert judge(yaml.load(path.read_text(), yaml.CSafeLoader)) == []
