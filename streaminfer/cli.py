@@ -138,7 +138,7 @@ def verify(
     from streaminfer import commands
 
     report = commands.verify(_load(pipeline), images or [], plan, random_weights)
-    typer.echo(json.dumps(report.to_json()) if as_json else report.text())
+    typer.echo(report.to_json()) if as_json else commands.print_verified(report)
     if not report.holds:
         raise typer.Exit(1)
 
@@ -159,7 +159,7 @@ def cut(
     from streaminfer import commands
 
     rows = commands.cuts(model, example, kwargs, random_weights)
-    typer.echo(json.dumps([row.to_json() for row in rows])) if as_json else commands.print_cuts(
+    typer.echo(json.dumps([row._asdict() for row in rows])) if as_json else commands.print_cuts(
         rows
     )
 

@@ -19,12 +19,12 @@ from streaminfer.app import Deployment, LocalPipeline, run_worker
 from streaminfer.client import Client, Prediction, connect
 from streaminfer.errors import ConfigError
 from streaminfer.launcher import Command, Launcher, free_ports, scrape_targets
+from streaminfer.plan import Plan
 from streaminfer.planning.source import ensure
 from streaminfer.topology import Difference, build, diff, topic_specs
 from streaminfer.transport.kafka import tune_malloc
 
 if TYPE_CHECKING:
-    from streaminfer.plan import Plan
     from streaminfer.planning.cuts import CutRow
     from streaminfer.planning.verify import VerifyReport
     from streaminfer.spec import PipelineSpec
@@ -35,6 +35,7 @@ __all__ = [
     "plan_of",
     "print_cuts",
     "print_plan",
+    "print_verified",
     "run",
     "send",
     "targets",
@@ -158,7 +159,8 @@ async def worker(
     """Run one worker on Kafka until SIGTERM."""
     tune_malloc()
     _log_to(sys.stderr)
-    folder, made = plan_of(spec, plan, random_weights)
+    # a plan that is named is taken as it is: a worker needs neither the model's code nor weights
+    folder, made = (plan, Plan.load(plan)) if plan else plan_of(spec, plan, random_weights)
     transport = connect(spec)
     deployment = await Deployment.open(spec, made, folder, transport)
     await run_worker(
@@ -203,10 +205,29 @@ def verify(
 ) -> VerifyReport:
     """Compare the cut model with the whole one, on real images or random input."""
     from streaminfer.planning.verify import verify as compare
+    from streaminfer.runtime.postprocess import batch_of
 
     where, _ = plan_of(spec, folder, random_weights)
-    values = [value for _, value in _files(images)] if images else None
-    return compare(spec, where, images=values, random_weights=random_weights)
+    values = [value for _, value in _files(images)]
+    return compare(spec, where, images=batch_of(values, spec.input) if values else None)
+
+
+def print_verified(report: VerifyReport) -> None:
+    """Say what was compared and what came out."""
+    verdict = "[bold green]holds[/]" if report.holds else "[bold red]does not hold[/]"
+    how = "bit for bit" if report.equal else f"within {report.max_abs:.1e}"
+    allowed = f" (tolerance {report.tolerance:.1e})" if report.tolerance else ""
+    console.print(
+        f"{verdict}  {report.stages} stages give what the whole model gives, {how}{allowed}, "
+        f"at batch sizes {', '.join(map(str, report.batch_sizes))}; {report.samples} samples"
+    )
+    if report.top1_agreement is not None:
+        console.print(
+            f"top-1 agreement {report.top1_agreement:.4f}   max |Δ| {report.max_abs:.1e}   "
+            f"relative {report.max_rel:.1e}   digest {report.digest[:8]}"
+        )
+    if not report.rows_independent:
+        console.print("a row in a batch is not what it is alone: this model mixes its samples")
 
 
 def cuts(model: str, example: str, kwargs: str, random_weights: bool) -> list[CutRow]:

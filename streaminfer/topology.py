@@ -118,6 +118,27 @@ class Difference:
         """Whether creating or configuring mends it; partitions that are wrong stay wrong."""
         return self.found is None or self.found.partitions == self.wanted.partitions
 
+    def to_json(self) -> dict[str, object]:
+        """Return it for programs, with the sentence for people."""
+        return {
+            "topic": self.wanted.name,
+            "missing": self.missing,
+            "fixable": self.fixable,
+            "partitions": {
+                "found": self.found.partitions if self.found else None,
+                "wanted": self.wanted.partitions,
+            },
+            "config": {
+                key: {"found": self.stale.get(key), "wanted": value}
+                for key, value in self.wanted.config.items()
+            },
+            "message": str(self),
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """Return it for `--json`."""
+        return {"topic": self.wanted.name, "problem": str(self), "fixable": self.fixable}
+
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.wanted.name}: missing ({self.wanted.partitions} partitions)"

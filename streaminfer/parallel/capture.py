@@ -28,7 +28,7 @@ from streaminfer.parallel.layers import Layers
 from streaminfer.parallel.mutation import Aliases, settle, written
 from streaminfer.parallel.operators import draws_random_numbers, name_of
 
-__all__ = ["Capture", "capture", "is_batched"]
+__all__ = ["Capture", "capture", "is_batched", "model_line"]
 
 # They check what export saw (device, layout, value ranges); a stage checks its inputs itself.
 _ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
@@ -114,7 +114,7 @@ def _export(
         except Exception as error:
             raise CaptureError(
                 f"the model does not run on the example {shapes}: {_first_line(error)}",
-                where=_model_line(error),
+                where=model_line(error),
                 hint="model.example is the shape of one sample, without the batch",
             ) from error
         try:
@@ -124,7 +124,7 @@ def _export(
         except Exception as error:
             raise CaptureError(
                 f"torch.export does not take this model: {_first_line(error)}",
-                where=_model_line(error),
+                where=model_line(error),
                 hint=_export_hint(error),
             ) from error
 
@@ -164,9 +164,9 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0].split("  (Size-like")[0].strip()
 
 
-def _model_line(error: BaseException) -> str:
-    """Return file:line of the innermost frame that is not torch's, nor ours: the model's own."""
-    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+def model_line(error: BaseException) -> str:
+    """Return file:line of the innermost frame that is neither torch's nor ours; "" if none is."""
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_code.co_filename

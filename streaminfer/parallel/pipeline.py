@@ -7,6 +7,7 @@ the number of rows alone (masks, positions, sizes) is not sent but computed agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +148,23 @@ class Cutter:
         after = [path for last, path in sorted(ends.items()) if last > cut][:1]
         names = [f"{p} (before)" for p in before] + [f"{p} (behind)" for p in after]
         return f"nearest layers to cut at: {', '.join(names)}" if names else "do not cut this model"
+
+    def row_bytes(self, cut: int) -> int:
+        """Return the bytes that cross a cut for one sample."""
+        values = [node.meta["val"] for node in self.live(cut)]
+        return sum(math.prod(v.shape[1:]) * v.element_size() for v in values)
+
+    def weights_before(self) -> list[int]:
+        """Return, per position, the bytes of the weights that are read at or before it."""
+        read: dict[tuple[object, ...], int] = {}
+        totals: list[int] = []
+        for node in self.captured.nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    tensor = self.captured.tensors[str(source.target)]
+                    read[same_memory(tensor)] = tensor.nbytes
+            totals.append(sum(read.values()))
+        return totals
 
     def split(self, cuts: Iterable[int]) -> list[StageGraph]:
         """Cut the graph; the stages in order. Every cut must be one of `legal`."""

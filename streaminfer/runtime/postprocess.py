@@ -6,15 +6,17 @@ of 4) and only answers go out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streaminfer.errors import SchemaError
+from streaminfer.runtime.decode import decode_image
 from streaminfer.spec import InputSpec
 
-__all__ = ["normalise", "top_k"]
+__all__ = ["batch_of", "normalise", "top_k"]
 
 
 def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -32,6 +34,12 @@ def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tenso
         return (x.to(torch.float32) / 255 - mean) / std
 
     return run
+
+
+def batch_of(values: Sequence[bytes], spec: InputSpec) -> Tensor:
+    """Decode image files into what the model takes, float32 [N,C,H,W]. Raises DecodeError."""
+    pixels = torch.from_numpy(np.stack([decode_image(value, None, spec) for value in values]))
+    return normalise(spec, torch.device("cpu"))(pixels)
 
 
 def top_k(k: int) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -195,6 +196,7 @@ def test_missing_topics_are_to_be_made() -> None:
     assert [d.wanted for d in found] == list(wanted)
     assert all(d.missing and d.fixable for d in found)
     assert str(found[0]) == "images: missing (8 partitions)"
+    assert found[0].to_json()["partitions"] == {"found": None, "wanted": 8}
 
 
 def test_a_config_that_differs_is_to_be_set_and_nothing_else() -> None:
@@ -210,6 +212,17 @@ def test_a_config_that_differs_is_to_be_set_and_nothing_else() -> None:
     assert found.wanted == TopicSpec(name, 8, {"retention.ms": "-1", "retention.bytes": "-1"})
     assert "retention.ms is 604800000, should be -1" in str(found)
     assert "retention.bytes is unset, should be -1" in str(found)
+    assert json.loads(json.dumps(found.to_json())) == {
+        "topic": name,
+        "missing": False,
+        "fixable": True,
+        "partitions": {"found": 8, "wanted": 8},
+        "config": {
+            "retention.ms": {"found": "604800000", "wanted": "-1"},
+            "retention.bytes": {"found": None, "wanted": "-1"},
+        },
+        "message": str(found),
+    }
 
 
 def test_a_limit_above_what_is_needed_is_left_alone() -> None:

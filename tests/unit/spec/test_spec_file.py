@@ -12,6 +12,7 @@ import pytest
 from streaminfer.errors import ConfigError
 from streaminfer.spec import PipelineSpec, load, origins
 
+ROOT = Path(__file__).parents[3]
 BASE = """\
 pipeline: toy
 model: {factory: "toy.py:build", example: [3, 8, 8]}
@@ -45,7 +46,7 @@ def refused(
 def loaded(
     path: Path, flags: Mapping[str, str] = {}, environ: Mapping[str, str] = {}
 ) -> PipelineSpec:
-    return load(path, flags, environ)
+    return load(path, flags, environ)  # never this process' environment
 
 
 # ---- what a file says ------------------------------------------------------------------------
@@ -186,9 +187,8 @@ def test_deep_brackets_do_not_end_the_process(write: Write) -> None:
     """The C parser recurses while it composes: unguarded, 50 000 brackets are a crash."""
     code = "import sys; from streaminfer.spec import load; load(sys.argv[1])"
     path = write("x: " + "[" * 400_000 + "]" * 400_000)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 1
     assert "more than 32 levels" in done.stderr
 
@@ -318,11 +318,8 @@ def test_every_kafka_variable_that_clients_know_is_read(write: Write) -> None:
     assert (kafka.sasl_mechanism, kafka.sasl_username) == ("SCRAM-SHA-256", "null")
     assert kafka.sasl_password
     assert kafka.sasl_password.get_secret_value() == "[12345]"
-    assert (kafka.ssl_cafile, kafka.ssl_certfile, kafka.ssl_keyfile) == (
-        "ca.pem",
-        "cert.pem",
-        "key.pem",
-    )
+    assert (kafka.ssl_cafile, kafka.ssl_certfile) == ("ca.pem", "cert.pem")
+    assert kafka.ssl_keyfile == "key.pem"
     assert kafka.ssl_check_hostname is False
 
 
@@ -398,4 +395,4 @@ def test_reading_a_file_does_not_wait_for_torch(write: Write) -> None:
         "import sys; from streaminfer.spec import load; load(sys.argv[1]);"
         "import streaminfer.topology; sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(write(BASE))], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(write(BASE))], check=True, timeout=60, cwd=ROOT)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from streaminfer.spec import PipelineSpec, json_schema
+from streaminfer.spec import PipelineSpec, json_schema, load
 
 STAGES = Path(__file__).parents[3] / "stages"
 TYPES: dict[str, tuple[type, ...]] = {
@@ -137,5 +137,6 @@ def test_a_bad_file_is_bad_for_both(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "path", sorted(STAGES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
-def test_the_stages_files_are_not_underlined(path: Path) -> None:
+def test_the_stages_files_are_good_for_both(path: Path) -> None:
     assert judge(yaml.load(path.read_text(), yaml.CSafeLoader)) == []
+    assert load(path, {}, {}).path == path

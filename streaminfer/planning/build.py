@@ -1,0 +1,161 @@
+"""A pipeline file → a plan directory: capture the model, cut it, write what workers read."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from streaminfer.errors import ConfigError
+from streaminfer.parallel import Port, weights
+from streaminfer.parallel.capture import capture
+from streaminfer.parallel.pipeline import Cutter, StageGraph
+from streaminfer.parallel.program import dump
+from streaminfer.plan import Edge, Plan, StagePlan, TensorSpec, stage_files
+from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.planning.source import source_key
+from streaminfer.spec import PipelineSpec
+
+__all__ = ["build"]
+
+
+def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> Plan:
+    """Build a plan directory; an older one in its place is replaced at the end, in one step.
+
+    Raises:
+        ConfigError: the model, the weights, the labels or the folder are not as the spec says.
+        CaptureError: the model cannot be captured, or not be cut where the spec says.
+    """
+    key = source_key(spec, random_weights)
+    base = spec.path.parent if spec.path else None
+    model = make_model(spec.model, base, random_weights=random_weights)
+    cutter = Cutter(capture(model, (example_batch(spec.model),)))
+    stages = cutter.split(cutter.cuts([s.until for s in spec.stages if s.until is not None]))
+    labels = _labels(spec, _classes(spec, stages[-1].outputs))
+    with _replacing(folder) as part:
+        digest, plans = hashlib.sha256(_declared(spec)), []
+        for declared, stage in zip(spec.stages, stages, strict=True):
+            edge = spec.edge(declared.name)
+            plan = _write(
+                part, declared.name, stage, Edge(dtype=edge.dtype, compress=edge.compress)
+            )
+            digest.update(_digest(part, stage, plan))
+            plans.append(plan)
+        whole = Plan(
+            pipeline=spec.pipeline,
+            digest=digest.hexdigest(),
+            source=key,
+            model=spec.model.factory,
+            model_version="random" if random_weights else spec.model.version,
+            input=spec.input,
+            stages=tuple(plans),
+            top_k=spec.output.top_k,
+            labels=labels,
+            random_weights=random_weights,
+        )
+        whole.save(part)
+    return whole
+
+
+def _declared(spec: PipelineSpec) -> bytes:
+    numbers = {"input": spec.input.numbers(), "top_k": spec.output.top_k}
+    return json.dumps(numbers, sort_keys=True).encode()
+
+
+def _write(folder: Path, name: str, stage: StageGraph, edge: Edge) -> StagePlan:
+    graph, file = stage_files(folder, name)
+    graph.parent.mkdir()
+    graph.write_bytes(dump(stage))
+    return StagePlan(
+        name=name,
+        layers=stage.layers,
+        inputs=_specs(stage.inputs),
+        outputs=_specs(stage.outputs),
+        edge=edge,
+        weight_bytes=weights.write(file, stage.weights),
+    )
+
+
+def _specs(ports: Sequence[Port]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
+
+
+def _digest(folder: Path, stage: StageGraph, plan: StagePlan) -> bytes:
+    """Return what changes the numbers of one stage."""
+    graph = hashlib.sha256(stage_files(folder, plan.name)[0].read_bytes()).hexdigest()
+    edge = json.dumps(plan.edge.model_dump(), sort_keys=True)
+    return f"\0{graph}\0{weights.digest(stage.weights)}\0{edge}".encode()
+
+
+def _classes(spec: PipelineSpec, outputs: Sequence[Port]) -> int | None:
+    """Return the number of classes; None where the outputs are raw and no one row of them."""
+    if len(outputs) == 1 and len(outputs[0].shape) == 2:
+        return outputs[0].shape[1]
+    if spec.output.top_k:
+        found = ", ".join(f"{p.name} {list(p.shape)}" for p in outputs)
+        raise ConfigError(
+            f"output.top_k needs one output [batch, classes]; the model gives {found}",
+            where=f"{spec.path}: output.top_k" if spec.path else "output.top_k",
+            hint="top_k: 0 publishes raw outputs",
+        )
+    return None
+
+
+def _labels(spec: PipelineSpec, width: int | None) -> tuple[str, ...]:
+    declared = spec.output.labels
+    if declared is None:
+        return ()
+    if isinstance(declared, tuple):
+        labels = declared
+    elif declared == "imagenet":
+        labels = _imagenet()
+    else:
+        labels = tuple(spec.resolve(declared).read_text(encoding="utf-8").splitlines())
+    if width is not None and len(labels) != width:
+        raise ConfigError(
+            f"{len(labels)} labels for {width} outputs of the model",
+            where=f"{spec.path}: output.labels" if spec.path else "output.labels",
+            hint="one label per output, in the order of the outputs",
+        )
+    return labels
+
+
+def _imagenet() -> tuple[str, ...]:
+    try:
+        meta = importlib.import_module("torchvision.models._meta")
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "the labels of ImageNet come with torchvision, which is not installed",
+            where="output.labels",
+            hint="pip install torchvision; or name a file with one label per line",
+        ) from None
+    return tuple(cast(list[str], meta._IMAGENET_CATEGORIES))
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`; put it in its place if all went well."""
+    if folder.exists() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} is not empty and no plan directory",
+            where="--plan",
+            hint="name a new folder: building would replace all that is in it",
+        )
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.replace(old)  # a rename onto a folder needs it empty
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
