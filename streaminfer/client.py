@@ -141,7 +141,7 @@ class Client:
     ) -> None:
         flags = {"kafka.bootstrap": bootstrap} if bootstrap else {}
         spec = pipeline if isinstance(pipeline, PipelineSpec) else load(Path(pipeline), flags)
-        self._transport = transport or connect(spec, max_record_bytes=spec.input.max_bytes + 65_536)
+        self.transport = transport or connect(spec, max_record_bytes=spec.input.max_bytes + 65_536)
         self._input, self._output = spec.input.topic, spec.output.topic
         self._stack = contextlib.AsyncExitStack()
         self._producer: Producer | None = None
@@ -152,8 +152,8 @@ class Client:
 
     async def __aenter__(self) -> Self:
         """Connect. Raises TransportError without a broker, TopicError without the topics."""
-        self._producer = await self._stack.enter_async_context(self._transport.producer())
-        consumer = self._transport.consumer([self._output], None, from_end=True)
+        self._producer = await self._stack.enter_async_context(self.transport.producer())
+        consumer = self.transport.consumer([self._output], None, from_end=True)
         await self._stack.enter_async_context(consumer)
         self._reader = asyncio.create_task(self._read(consumer), name="client")
         return self
@@ -236,7 +236,7 @@ class Client:
 
     async def watch(self, *, from_beginning: bool = False) -> AsyncIterator[Prediction]:
         """Yield every prediction of the pipeline as it comes, whoever asked for it."""
-        consumer = self._transport.consumer([self._output], None, from_end=not from_beginning)
+        consumer = self.transport.consumer([self._output], None, from_end=not from_beginning)
         async with consumer:
             while True:
                 for record in await consumer.poll(0.5):

@@ -1,7 +1,7 @@
 """A small residual network for handwritten digits: 8x8 grey pixels in, ten logits out.
 
-    image [N,1,8,8] ─▶ stem ─▶ [N,32,8,8] ─▶ early ─▶ [N,32,8,8] ─▶ down ─▶ [N,64,4,4] ─▶ late
-                                                     ─▶ [N,64,4,4] ─▶ head ─▶ [N,10]
+    image [N,1,8,8] ─▶ stem ─▶ [N,24,8,8] ─▶ early ─▶ [N,24,8,8] ─▶ down ─▶ [N,48,4,4] ─▶ late
+                                                     ─▶ [N,48,4,4] ─▶ head ─▶ [N,10]
 
 Nothing in it knows that it will be cut: the names of its layers are all that a pipeline needs.
 """

@@ -6,6 +6,7 @@ seconds that it took.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ def main(weights: Path, count: int) -> None:
             for k in range(0, len(images), BATCH):
                 best(second(first(prepare(images[k : k + BATCH]))))
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     work(jpegs[: 2 * BATCH])
     print("ready", flush=True)
     for _ in sys.stdin:

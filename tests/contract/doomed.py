@@ -27,10 +27,11 @@ def quick(address: str, *, max_poll_interval: float = 600.0) -> Transport:
 
 
 async def read_and_commit(consumer: Consumer, tp: TopicPartition, read: int, commit: int) -> None:
-    """Read so many records at least, commit the first of them."""
+    """Read so many records at least, commit the first of them, if any."""
     while read > 0:
         read -= len(await consumer.poll(0.2))
-    await consumer.commit({tp: Commit(commit, "last words")})
+    if commit:
+        await consumer.commit({tp: Commit(commit, "last words")})
 
 
 async def main(address: str, topic: str, group: str, read: str, commit: str) -> None:

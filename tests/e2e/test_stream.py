@@ -11,7 +11,11 @@ import pytest
 from stages.digits.demo import uncut
 from stages.digits.images import scans
 from streaminfer import Prediction
-from tests.corpus import corpus
+from streaminfer.client import connect
+from streaminfer.errors import RecordTooLarge
+from streaminfer.spec.file import load
+from streaminfer.transport import Outgoing
+from tests.corpus import corpus, tensor_corpus
 from tests.e2e.conftest import Bus, digits_file
 
 pytestmark = pytest.mark.timeout(180)
@@ -58,7 +62,8 @@ async def test_answers_of_one_partition_come_in_the_order_of_its_records(
 
 async def test_every_odd_or_broken_input_has_its_one_outcome(bus: Bus, folder: Path) -> None:
     """What is broken is an error of its own; the good images around it go through untouched."""
-    cases = [c for c in corpus((1, 8, 8)) if c.name != "60 MB" or bus.name == "memory"]
+    cases = [c for c in corpus((1, 8, 8)) if c.name != "60 MB"]
+    cases += [c for c in tensor_corpus((1, 8, 8)) if c.outcome == "error" and c.value]
     good = scans()[: len(cases)]
     async with bus.running(digits_file(folder)) as client:
         sent: list[tuple[str, str, str | None, asyncio.Task[Prediction]]] = []
@@ -75,6 +80,31 @@ async def test_every_odd_or_broken_input_has_its_one_outcome(bus: Bus, folder: P
             assert answer.id == name
             assert answer.status == outcome, f"{name}: {answer.error}"
             assert (answer.error.kind if answer.error else None) == kind, name
+
+
+async def test_a_body_beyond_the_limit_is_refused_or_answered(bus: Bus, folder: Path) -> None:
+    """The topic refuses it at the door; where somebody opened the door, it is one error."""
+    name, _, value = scans()[0]
+    body = value + bytes(60_000_000)
+    file = digits_file(folder)
+    async with bus.running(file) as client:
+        with pytest.raises(RecordTooLarge):
+            await client.predict(body, id="60 MB")
+        transport = client.transport
+        if bus.address is not None:
+            transport = connect(
+                load(file, {"kafka.bootstrap": bus.address}), max_record_bytes=70_000_000
+            )
+        topic = load(file).input.topic
+        async with transport.admin() as admin, transport.producer() as producer:
+            await admin.configure(topic, {"max.message.bytes": "70000000"})
+            await asyncio.sleep(0.5)
+            watching = asyncio.create_task(anext(aiter(client.watch(from_beginning=True))))
+            await (await producer.send(Outgoing(topic, body, b"60 MB")))
+            answer = await asyncio.wait_for(watching, 60)
+        assert (answer.id, answer.status) == ("60 MB", "error")
+        assert answer.error is not None and "input.max_bytes" in answer.error.message
+        assert (await client.predict(value, id=name)).status == "ok"
 
 
 async def test_meta_and_deadlines_travel(bus: Bus, folder: Path) -> None:

@@ -13,7 +13,7 @@ from aiokafka import errors as kafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from streaminfer.errors import NotOwner, TopicError
+from streaminfer.errors import NotOwner, TopicError, TransportError
 from streaminfer.transport.base import Commit, TopicInfo, TopicPartition, TopicSpec
 from streaminfer.transport.kafka import lifecycle
 from streaminfer.transport.kafka.border import translated
@@ -30,16 +30,15 @@ class KafkaAdmin:
 
     def __init__(self, settings: KafkaSettings, client_id: str) -> None:
         self._settings, self._client_id = settings, client_id
-        self._admin: Any = None
-        self._reader: Any = None  # knows how to ask for the ends of logs; reads nothing
+        self._clients: tuple[Any, Any] | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Connect. Raises TransportError naming the address."""
         settings = self._settings
         options = settings.client(self._client_id)
-        self._admin = admin = AIOKafkaAdminClient(**options)
-        self._reader = reader = AIOKafkaConsumer(**options, enable_auto_commit=False)
+        admin = AIOKafkaAdminClient(**options)
+        reader = AIOKafkaConsumer(**options, enable_auto_commit=False)
         limit = settings.close_timeout
         self._stack.push_async_callback(lambda: lifecycle.stop(admin.close(), admin._client, limit))
         self._stack.push_async_callback(
@@ -51,6 +50,7 @@ class KafkaAdmin:
         except BaseException:
             await self._stack.aclose()
             raise
+        self._clients = admin, reader
         return self
 
     async def __aexit__(
@@ -60,7 +60,22 @@ class KafkaAdmin:
         traceback: TracebackType | None,
     ) -> None:
         """Disconnect. Never hangs."""
+        self._clients = None
         await self._stack.aclose()
+
+    @property
+    def _admin(self) -> Any:
+        return self._opened()[0]
+
+    @property
+    def _reader(self) -> Any:
+        """A consumer that reads nothing: it knows how to ask for the ends of logs."""
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[Any, Any]:
+        if self._clients is None:
+            raise TransportError("this admin is not open; use it in `async with`")
+        return self._clients
 
     async def topics(self, names: Collection[str]) -> dict[str, TopicInfo]:
         """Describe the topics that exist among `names`; `config` has the defaults too."""

@@ -20,7 +20,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.errors import OffsetOutOfRangeError
 
-from streaminfer.errors import NotOwner, TransportError
+from streaminfer.errors import NotOwner, TopicError, TransportError
 from streaminfer.transport.base import Commit, Record, TopicPartition
 from streaminfer.transport.kafka import lifecycle
 from streaminfer.transport.kafka.border import translated
@@ -30,6 +30,7 @@ from streaminfer.transport.kafka.settings import KafkaSettings
 __all__ = ["KafkaConsumer"]
 
 _SLACK = 0.02  # seconds beyond its time-out in which a getmany() usually returns
+_GONE = 3.0  # seconds without a topic that a broker may need to know it after its own start
 _GAP = 5.0  # seconds without a poll after which "nothing came" says nothing
 
 
@@ -40,18 +41,25 @@ class KafkaConsumer:
         self._settings, self._client_id = settings, client_id
         self._subscription = subscription
         self._kafka: Any = None
-        self._member: Membership
+        self._membership: Membership | None = None
+        self._open = False
         self._fetching: asyncio.Task[None] | None = None
         self._lost = 0
-        self._polled = self._quiet_since = time.monotonic()
+        self._polled = self._quiet_since = self._topics_seen = time.monotonic()
+
+    @property
+    def _member(self) -> Membership:
+        if self._membership is None:
+            raise TransportError("this consumer is not open; use it in `async with`")
+        return self._membership
 
     async def __aenter__(self) -> Self:
         """Join the group. Raises TopicError if a topic is missing, TransportError if no broker."""
         settings, topics = self._settings, self._subscription.topics
         options = settings.client(self._client_id)
         self._kafka = kafka = AIOKafkaConsumer(**options, **self._options())
-        self._member = Membership(settings, kafka, self._subscription)
-        kafka._partition_assignment_strategy = (self._member,)
+        self._membership = member = Membership(settings, kafka, self._subscription)
+        kafka._partition_assignment_strategy = (member,)
         try:
             await lifecycle.connect(kafka.start, settings.bootstrap, settings.connect_timeout)
             with translated(f"read {', '.join(topics)}"):
@@ -61,10 +69,11 @@ class KafkaConsumer:
                 if self._subscription.group is None:
                     await self._take_all(counts)
             if self._subscription.group is not None:
-                await self._member.join()
+                await member.join()
         except BaseException:
             await self._close()
             raise
+        self._open = True
         return self
 
     async def __aexit__(
@@ -74,8 +83,10 @@ class KafkaConsumer:
         traceback: TracebackType | None,
     ) -> None:
         """Revoke (the listener is called), leave the group, free everything. Never hangs."""
-        await self._member.leave(self._settings.close_timeout)
-        await self._close()
+        if self._open:
+            self._open = False
+            await self._member.leave(self._settings.close_timeout)
+            await self._close()
 
     async def poll(  # the protocol has `timeout`: an idle poll is no failure
         self,
@@ -87,14 +98,17 @@ class KafkaConsumer:
         Raises:
             TransportError: the broker refuses, or nothing has been heard of it, or of the group,
                 for `KafkaSettings.patience` seconds: make a new consumer.
+            TopicError: a topic was deleted.
         """
         self._member.check()
+        if not self._open:
+            raise TransportError("this consumer was closed; make a new one")
         left, until = timeout, time.monotonic() + timeout
         while not (records := self._hand_out(max_records)):
             with translated(f"read {', '.join(self._subscription.topics)}"):
                 await self._fetch(max(left, 0.0), max_records)
             self._member.check()
-            if (left := until - time.monotonic()) <= 0:
+            if (left := until - time.monotonic()) <= 0 or not self._open:
                 records = self._hand_out(max_records)
                 break
         self._watch(bool(records))
@@ -108,6 +122,7 @@ class KafkaConsumer:
 
     async def keepalive(self) -> None:
         """Reset the clock that puts a member out which does not poll."""
+        self._member.check()
         with self._kafka._subscription.fetch_context():
             pass
 
@@ -182,7 +197,8 @@ class KafkaConsumer:
         await asyncio.wait({self._fetching}, timeout=wait + _SLACK)
         if self._fetching.done():
             task, self._fetching = self._fetching, None
-            task.result()
+            if not task.cancelled():  # closing did
+                task.result()
 
     async def _fill(self, wait: float, max_records: int) -> None:
         subscription = self._kafka._subscription
@@ -228,6 +244,7 @@ class KafkaConsumer:
         if heard or now - self._polled > _GAP or not member.flowing:
             self._quiet_since = now
         self._polled = now
+        self._watch_topics(now)
         if not member.flowing and now - member.since > patience:
             raise TransportError(
                 f"group {self._subscription.group} has not come out of its rebalance for"
@@ -242,12 +259,20 @@ class KafkaConsumer:
                         " broker there? make a new consumer"
                     )
 
+    def _watch_topics(self, now: float) -> None:
+        topics = self._subscription.topics
+        gone = [topic for topic in topics if self._kafka.partitions_for_topic(topic) is None]
+        if not gone:
+            self._topics_seen = now
+        elif now - self._topics_seen > _GONE:
+            raise TopicError(f"topic {gone[0]} was deleted while it was read; restart")
+
     async def _close(self) -> None:
         kafka = self._kafka
         await lifecycle.stop(kafka.stop(), kafka._client, self._settings.close_timeout)
-        if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.wait({self._fetching})
+        if (fetching := self._fetching) is not None:
+            fetching.cancel()
+            await asyncio.wait({fetching})
 
 
 def _record(record: Any) -> Record:

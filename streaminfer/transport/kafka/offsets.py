@@ -23,6 +23,7 @@ __all__ = ["NOBODY", "Offsets", "Stamp", "parse_fetch"]
 
 T = TypeVar("T")
 
+_TEXT = 4096  # bytes; a broker counts characters, but what fits here must fit in memory too
 _PAUSE = 0.1  # seconds between two tries
 _GRACE = 5.0  # seconds in which a topic the coordinator does not know may still turn up
 
@@ -94,10 +95,13 @@ class Offsets:
 
         Raises:
             aiokafka.errors.KafkaError: `stamp` is not of the present generation (UnknownMemberId,
-                IllegalGeneration, RebalanceInProgress), or no clear answer within `limit` seconds.
+                IllegalGeneration, RebalanceInProgress), a text is over 4096 bytes, or no clear
+                answer within `limit` seconds.
         """
         topics: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for tp, commit in commits.items():
+            if (size := len(commit.metadata.encode())) > _TEXT:
+                raise kafka.OffsetMetadataTooLargeError(f"{size} bytes; keep it within {_TEXT}")
             topics[tp.topic].append((tp.partition, *commit))
         keep = OffsetCommitRequest.DEFAULT_RETENTION_TIME
         request = OffsetCommitRequest(self._group, *stamp, keep, list(topics.items()))

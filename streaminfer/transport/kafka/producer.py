@@ -40,6 +40,7 @@ class KafkaProducer:
     def __init__(self, settings: KafkaSettings, client_id: str) -> None:
         self._settings, self._client_id = settings, client_id
         self._kafka: Any = None
+        self._open = False
         self._broken = False  # a batch failed: the broker now misses its sequence numbers
         self._in_flight = 0  # bytes handed to aiokafka and not acked
         self._freed = asyncio.Event()
@@ -47,6 +48,7 @@ class KafkaProducer:
     async def __aenter__(self) -> Self:
         """Connect. Raises TransportError naming the address."""
         await self._connect()
+        self._open = True
         return self
 
     async def __aexit__(
@@ -56,7 +58,9 @@ class KafkaProducer:
         traceback: TracebackType | None,
     ) -> None:
         """Flush (time-boxed: what is not acked then fails) and free everything."""
-        await self._stop()
+        if self._open:
+            self._open = False
+            await self._stop()
 
     async def send(self, record: Outgoing) -> Future[Position]:
         """Hand over a record; waits while 32 MB are under way, or while the broker is away.
@@ -64,8 +68,10 @@ class KafkaProducer:
         Raises:
             RecordTooLarge: here over `max_record_bytes`; in the future over the topic's limit.
             TopicError: no such topic or partition.
-            TransportError: no broker answers about a topic not seen before.
+            TransportError: no broker answers about a topic not seen before; or not open.
         """
+        if not self._open:
+            raise TransportError("this producer is not open; use it in `async with`")
         size = len(record.key or b"") + len(record.value or b"")
         await self._room(size)
         if self._broken:
