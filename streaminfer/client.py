@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -220,7 +220,7 @@ class Client:
         *,
         concurrency: int = 256,
         timeout: float = 60.0,  # noqa: ASYNC109 - per answer
-    ) -> AsyncIterator[Prediction]:
+    ) -> AsyncGenerator[Prediction, None]:
         """Send many and yield their outcomes in the order of sending.
 
         An image is bytes, a path, or a pair (id, bytes or path); a path's id is its name. At most
@@ -234,7 +234,7 @@ class Client:
         while pending:
             yield await self._timed(pending.popleft(), timeout)
 
-    async def watch(self, *, from_beginning: bool = False) -> AsyncIterator[Prediction]:
+    async def watch(self, *, from_beginning: bool = False) -> AsyncGenerator[Prediction, None]:
         """Yield every prediction of the pipeline as it comes, whoever asked for it."""
         consumer = self.transport.consumer([self._output], None, from_end=not from_beginning)
         async with consumer:

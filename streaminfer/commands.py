@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,11 +338,12 @@ async def _print_answers(
     client: Client, paths: Sequence[str], stop: asyncio.Event, rate: float | None = None
 ) -> int:
     bad = 0
-    async for answer in client.stream(_paced(paths, rate)):
-        print(json.dumps(answer.raw), flush=True)
-        bad += answer.status != "ok"
-        if stop.is_set():
-            break
+    async with aclosing(client.stream(_paced(paths, rate))) as answers:
+        async for answer in answers:
+            print(json.dumps(answer.raw), flush=True)
+            bad += answer.status != "ok"
+            if stop.is_set():
+                break
     return 1 if bad else 0
 
 
@@ -351,15 +353,15 @@ async def watch(
     """Print predictions until Ctrl-C, or `count` of them."""
     stop = _on_signals()
     async with Client(pipeline=spec) as client:
-        answers = client.watch(from_beginning=from_beginning)
 
         async def show() -> None:
             seen = 0
-            async for answer in answers:
-                print(json.dumps(answer.raw) if as_json else _line(answer), flush=True)
-                seen += 1
-                if seen == count:
-                    return
+            async with aclosing(client.watch(from_beginning=from_beginning)) as answers:
+                async for answer in answers:
+                    print(json.dumps(answer.raw) if as_json else _line(answer), flush=True)
+                    seen += 1
+                    if seen == count:
+                        return
 
         await _either(show(), stop.wait())
 

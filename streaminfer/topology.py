@@ -135,10 +135,6 @@ class Difference:
             "message": str(self),
         }
 
-    def to_json(self) -> dict[str, object]:
-        """Return it for `--json`."""
-        return {"topic": self.wanted.name, "problem": str(self), "fixable": self.fixable}
-
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.wanted.name}: missing ({self.wanted.partitions} partitions)"

@@ -7,7 +7,17 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from streaminfer.wire import ITEMSIZE, Envelope, Failure, Hop, Sample, Tensor, compress, pack
+from streaminfer.wire import (
+    ITEMSIZE,
+    Compression,
+    Envelope,
+    Failure,
+    Hop,
+    Sample,
+    Tensor,
+    compress,
+    pack,
+)
 
 DIGEST = "0123456789abcdef" * 4
 WORDS = st.text("0123456789abcdef-._", max_size=16)
@@ -57,7 +67,7 @@ def tensors(draw: st.DrawFn, rows: int) -> Tensor:
     size = prod(shape) * ITEMSIZE[dtype]
     data = draw(st.binary(min_size=min(size, 32), max_size=min(size, 32)))
     tensor = pack(dtype, shape, (data * (size // 32 + 1))[:size])
-    codec = draw(st.sampled_from([None, "zstd", "lz4"]))
+    codec: Compression | None = draw(st.sampled_from([None, "zstd", "lz4"]))
     return compress(tensor, codec) if codec else tensor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from streaminfer.errors import PlanError
 from streaminfer.parallel import DTYPES, Program, check_inputs, load, weights
-from streaminfer.plan import CAST, Plan, stage_files
+from streaminfer.plan import CAST, Edge, Plan, stage_files
 from streaminfer.planning.factory import example_batch, make_model
 from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
@@ -23,9 +24,9 @@ __all__ = ["VerifyReport", "verify"]
 
 # A value rounded to 16 bits is off by at most this much of itself.
 ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Rounding errors of one edge reach the outputs at about 0.6 of an output's standard deviation per
-# unit of rounding (a trained CNN cut in the middle, both dtypes): 8 leaves room for worse models.
-HEADROOM = 8
+# Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 6
+# (ResNet-50 with random weights) standard deviations of the outputs. 32 leaves room for worse.
+HEADROOM = 32
 SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at other batch sizes
 
 
@@ -33,8 +34,9 @@ SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at oth
 class VerifyReport:
     """What `streaminfer verify` says."""
 
-    holds: bool  # equal, or within the tolerance where edges round; and rows are independent
-    equal: bool  # bit for bit, at every batch size
+    holds: bool  # all of: equal_uncast, max_abs within the tolerance, rows_independent
+    equal: bool  # bit for bit, at every batch size, as the workers compute
+    equal_uncast: bool  # the same, were all edges native: the cut itself changes nothing
     max_abs: float
     max_rel: float  # max_abs over the largest absolute value of that output
     tolerance: float  # absolute; 0 where every edge is native
@@ -60,7 +62,7 @@ def verify(
     """Compare the stages of a plan directory with the whole model, on the CPU.
 
     Native edges must give the same bits at the same batch size and number of threads. An edge of
-    16 bits rounds what crosses it; the tolerance is 8 times the sum of the edges' rounding (2⁻¹¹
+    16 bits rounds what crosses it; the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
     for float16, 2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
 
     Args:
@@ -83,13 +85,32 @@ def verify(
     base = spec.path.parent if spec.path else None
     model = make_model(spec.model, base, random_weights=plan.random_weights)
     programs = [_load(plan_folder, stage.name) for stage in plan.stages]
+    native = plan.model_copy(
+        update={"stages": tuple(s.model_copy(update={"edge": Edge()}) for s in plan.stages)}
+    )
     tally = _Tally()
-    with torch.inference_mode():
+    with torch.inference_mode(), _plain_attention():
         for batch in _batches(spec, images, batch_sizes):
             whole = _outputs(model, batch)
             tally.add(whole, _run(plan, programs, batch))
+            uncast = _run(native, programs, batch)
+            tally.equal_uncast &= all(map(torch.equal, whole, uncast))
             tally.check_rows(model, batch, whole)
     return _report(plan, tally, batch_sizes)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch off torch's fused attention of eager eval mode, which export does not see.
+
+    It sums in another order; with it the whole model differs from itself in training IR.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(value=False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(value=before)
 
 
 def _load(folder: Path, stage: str) -> Program:
@@ -141,7 +162,7 @@ class _Tally:
     """What was found over all batches."""
 
     def __init__(self) -> None:
-        self.equal, self.rows_independent = True, True
+        self.equal, self.equal_uncast, self.rows_independent = True, True, True
         self.max_abs, self.max_rel, self.deviation = 0.0, 0.0, 0.0
         self.samples, self.ranked, self.agreed = 0, 0, 0
 
@@ -183,10 +204,10 @@ def _deviation(a: torch.Tensor) -> float:
 def _report(plan: Plan, tally: _Tally, batch_sizes: Sequence[int]) -> VerifyReport:
     rounding = sum(ROUNDING[stage.edge.dtype] for stage in plan.stages[1:])
     tolerance = HEADROOM * rounding * tally.deviation
-    close = tally.equal if rounding == 0 else tally.max_abs <= tolerance
     return VerifyReport(
-        holds=close and tally.rows_independent,
+        holds=tally.equal_uncast and tally.max_abs <= tolerance and tally.rows_independent,
         equal=tally.equal,
+        equal_uncast=tally.equal_uncast,
         max_abs=tally.max_abs,
         max_rel=tally.max_rel,
         tolerance=tolerance,

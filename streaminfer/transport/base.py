@@ -120,7 +120,7 @@ class Consumer(Protocol):
     ) -> None:
         """Revoke (the listener is called), leave the group, free everything. Never hangs."""
 
-    async def poll(self, timeout: float, max_records: int = 500) -> Sequence[Record]:
+    async def poll(self, timeout: float, max_records: int = 500) -> Sequence[Record]:  # noqa: ASYNC109
         """Return the next records of unpaused partitions, in offset order within each.
 
         Waits up to `timeout` seconds for the first one. Never cancel it: use the timeout.

@@ -23,7 +23,7 @@ __all__ = ["Cursor", "Group", "Seat"]
 
 _logger = logging.getLogger(__name__)
 
-# A broker's default for `offset.metadata.max.bytes`.
+# A broker's default for `offset.metadata.max.bytes`. (It counts UTF-16 units; bytes are stricter.)
 _METADATA_LIMIT = 4096
 
 
@@ -178,7 +178,7 @@ class Group:
         Raises:
             NotOwner: the seat does not own one of them in this generation; for an admin: the
                 group has members.
-            TransportError: a metadata text is over 4096 bytes.
+            TransportError: a note is over 4096 bytes.
         """
         if seat is None and self.has_members():
             raise NotOwner(f"group {self.name} has members; stop its workers, then commit for it")
@@ -188,10 +188,10 @@ class Group:
                     f"{tp.topic}[{tp.partition}] is not {seat.name}'s in group {self.name};"
                     " drop this work, its owner reads it again"
                 )
-            if len(commit.metadata.encode()) > _METADATA_LIMIT:
+            if (size := len(commit.metadata.encode())) > _METADATA_LIMIT:
                 raise TransportError(
-                    f"the commit of {tp.topic}[{tp.partition}] carries a text of"
-                    f" {len(commit.metadata.encode())} bytes; keep it within {_METADATA_LIMIT}"
+                    f"the note of {tp.topic}[{tp.partition}] has {size} bytes; keep it within"
+                    f" {_METADATA_LIMIT}"
                 )
         self.commits |= commits
 

@@ -59,7 +59,7 @@ class Tensor:
     """A tensor as bytes: C-contiguous, little endian.
 
     `dtype` is safetensors' name ("F32", "F16", "BF16", "I64", "U8", "BOOL", …); `data` holds
-    `prod(shape) × itemsize` bytes, or the compressed form of them when `codec` is not "".
+    `prod(shape) * itemsize` bytes, or the compressed form of them when `codec` is not "".
     """
 
     dtype: str

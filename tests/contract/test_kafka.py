@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -22,6 +22,7 @@ from streaminfer.transport.base import Commit, Outgoing, Position, Record, Topic
 from streaminfer.transport.kafka import KafkaConsumer, KafkaSettings, KafkaTransport
 from tests.broker import Broker
 from tests.conftest import a_broker
+from tests.contract.members import Witness
 
 pytestmark = pytest.mark.kafka
 
@@ -57,20 +58,6 @@ async def read_all(kafka: KafkaTransport, topic: str, count: int) -> list[Record
         while len(records) < count:
             records += await reader.poll(0.5)
     return records
-
-
-class Keeper:
-    """A listener that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.commits: dict[TopicPartition, Commit | None] = {}
-
-    async def assigned(self, partitions: Mapping[TopicPartition, Commit | None]) -> None:
-        self.commits.update(partitions)
-
-    async def revoked(self, partitions: Collection[TopicPartition]) -> None:
-        for tp in partitions:
-            del self.commits[tp]
 
 
 # ── other clients ─────────────────────────────────────────────────────────────────────────────
@@ -234,6 +221,17 @@ async def test_missing_topic_is_not_waited_for(kafka: KafkaTransport) -> None:
     assert time.monotonic() - begin < 10
 
 
+async def test_topic_deleted_while_it_is_read_ends_the_reader(kafka: KafkaTransport) -> None:
+    """aiokafka would ask for it again and again, a thousand times a second, and say nothing."""
+    topic = await make(kafka)
+    async with kafka.consumer([topic], "g-" + topic) as consumer, kafka.admin() as admin:
+        await admin.delete([topic])
+        with pytest.raises(TopicError, match="deleted"):
+            async with asyncio.timeout(15):
+                while True:
+                    await consumer.poll(0.2)
+
+
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
 async def test_closing_never_hangs(own_broker: Broker, fault: str) -> None:
     """SIGTERM must end a worker though its broker is gone, or open but silent."""
@@ -327,9 +325,9 @@ async def test_loading_coordinator_never_says_that_nothing_is_committed(
                     break
             except TransportError:
                 await asyncio.sleep(0.02)
-        keeper = Keeper()
-        async with kafka.consumer([topic], group, keeper):
-            assert keeper.commits == expected
+        witness = Witness()
+        async with kafka.consumer([topic], group, witness):
+            assert witness.commits == expected
         await starting
 
 

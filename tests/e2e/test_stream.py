@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,11 @@ async def test_answers_of_one_partition_come_in_the_order_of_its_records(
         watched: list[Prediction] = []
 
         async def watch() -> None:
-            async for answer in client.watch(from_beginning=True):
-                watched.append(answer)
-                if len(watched) == len(images):
-                    return
+            async with aclosing(client.watch(from_beginning=True)) as answers:
+                async for answer in answers:
+                    watched.append(answer)
+                    if len(watched) == len(images):
+                        return
 
         watching = asyncio.create_task(watch())
         async for _ in client.stream((name, value) for name, _, value in images):
@@ -63,7 +65,8 @@ async def test_answers_of_one_partition_come_in_the_order_of_its_records(
 async def test_every_odd_or_broken_input_has_its_one_outcome(bus: Bus, folder: Path) -> None:
     """What is broken is an error of its own; the good images around it go through untouched."""
     cases = [c for c in corpus((1, 8, 8)) if c.name != "60 MB"]
-    cases += [c for c in tensor_corpus((1, 8, 8)) if c.outcome == "error" and c.value]
+    odd = {"image to a tensor pipeline", "empty value"}  # fine here; an empty image is above
+    cases += [c for c in tensor_corpus((1, 8, 8)) if c.outcome == "error" and c.name not in odd]
     good = scans()[: len(cases)]
     async with bus.running(digits_file(folder)) as client:
         sent: list[tuple[str, str, str | None, asyncio.Task[Prediction]]] = []
@@ -99,9 +102,9 @@ async def test_a_body_beyond_the_limit_is_refused_or_answered(bus: Bus, folder: 
         async with transport.admin() as admin, transport.producer() as producer:
             await admin.configure(topic, {"max.message.bytes": "70000000"})
             await asyncio.sleep(0.5)
-            watching = asyncio.create_task(anext(aiter(client.watch(from_beginning=True))))
             await (await producer.send(Outgoing(topic, body, b"60 MB")))
-            answer = await asyncio.wait_for(watching, 60)
+            async with asyncio.timeout(60), aclosing(client.watch(from_beginning=True)) as answers:
+                answer = await anext(answers)
         assert (answer.id, answer.status) == ("60 MB", "error")
         assert answer.error is not None and "input.max_bytes" in answer.error.message
         assert (await client.predict(value, id=name)).status == "ok"
