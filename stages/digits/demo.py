@@ -142,7 +142,8 @@ def uncut(values: Sequence[bytes]) -> torch.Tensor:
     network.load_state_dict(load_file(HERE / "weights.safetensors"))
     grey = np.stack([np.asarray(Image.open(io.BytesIO(v)).convert("L")) for v in values])
     with torch.inference_mode():
-        return network.eval()(normalise(grey)).softmax(1)
+        scores: torch.Tensor = network.eval()(normalise(grey)).softmax(1)
+    return scores
 
 
 async def interrupted() -> None:

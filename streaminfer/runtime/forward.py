@@ -87,7 +87,7 @@ class Forward:
         self._program: Program | None = None
 
     async def start(self) -> None:
-        """Load the stage's own weights and run one batch of zeros through it."""
+        """Load the stage's own weights and run batches of zeros through it."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._warm)
         self._batcher = asyncio.create_task(self._batch(), name=f"batch {self._stage.plan.name}")
@@ -154,7 +154,7 @@ class Forward:
     async def _submit(self, envelope: Envelope, since: float) -> tuple[_Done, int]:
         key = tuple((n, t.dtype, t.shape[1:]) for n, t in sorted(envelope.tensors.items()))
         now = self._clock()
-        call = _Call(envelope, since, now, asyncio.get_running_loop().create_future())
+        call = _Call(envelope, since, time.monotonic(), asyncio.get_running_loop().create_future())
         self._queues.setdefault(key, deque()).append(call)
         self._metrics.queue.inc(len(envelope.samples))
         self._arrived.set()
@@ -183,7 +183,7 @@ class Forward:
         if not self._queues or self._running:
             return None
         oldest = min(q[0].arrived for q in self._queues.values())
-        return max(0.0, oldest + self._stage.batch.wait - self._clock())
+        return max(0.0, oldest + self._stage.batch.wait - time.monotonic())
 
     def _take(self) -> list[_Call]:
         """Take the next batch, or nothing while it may still grow.
@@ -191,7 +191,7 @@ class Forward:
         A full batch goes at once, one ahead of the device; a part goes when the device is idle
         and its oldest call has waited `batch.wait`.
         """
-        now = self._clock()
+        now = time.monotonic()
         for key in sorted(self._queues, key=lambda k: self._queues[k][0].arrived):
             queue = self._queues[key]
             rows = sum(len(c.envelope.samples) for c in queue)
@@ -213,7 +213,7 @@ class Forward:
         self._metrics.queue.dec(rows)
         for call in calls:
             self._metrics.queue_time.observe(max(0.0, now - call.since))
-        self._metrics.batch_wait.observe(max(0.0, now - calls[0].arrived))
+        self._metrics.batch_wait.observe(time.monotonic() - calls[0].arrived)
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self._thread, self._compute, calls)
@@ -238,6 +238,20 @@ class Forward:
     def _warm(self) -> None:
         torch.set_num_threads(self._stage.threads)
         self._program = self._stage.load()
+        shapes = [spec.shape[1:] for spec in self._stage.plan.inputs]
+        if any(n is None for shape in shapes for n in shape):
+            return  # sizes that only the data settles
+        for rows in (1, self._limit):  # the first batch of a size makes the kernels choose
+            self._forward(
+                {
+                    spec.name: torch.zeros(
+                        (rows, *(n or 1 for n in spec.shape[1:])),
+                        dtype=DTYPES[spec.dtype],
+                        device=self._stage.device,
+                    )
+                    for spec in self._stage.plan.inputs
+                }
+            )
 
     def _compute(self, calls: Sequence[_Call]) -> list[_Done]:
         envelopes = [call.envelope for call in calls]

@@ -53,7 +53,13 @@ def table(rows: Sequence[Row]) -> Table:
     """Draw the rows."""
     drawn = Table("measure", "value", "unit", "goal", "holds", "how it came about")
     for row in rows:
-        value = "-" if row.value is None else f"{row.value:.3g}" if row.value < 100 else f"{row.value:.0f}"
+        value = (
+            "-"
+            if row.value is None
+            else f"{row.value:.3g}"
+            if row.value < 100
+            else f"{row.value:.0f}"
+        )
         mark = "[green]yes[/]" if row.holds else "[red]NO[/]"
         drawn.add_row(row.name, value, row.unit, row.goal or "report", mark, row.note)
     return drawn

@@ -1,8 +1,8 @@
 """With the sink stopped under full input: what piles up is bounded by the window, on both buses.
 
-    input   ██████████████████████████████   never runs dry
-    sink    ▔▔▔▏ stopped for 30 s ▕▔▔▔▔▔▔▔   then it goes on, and every image gets its answer
-    inner   ▁▂▄▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▄▂▁▁▁▁▁   at most what the window allows
+input   ██████████████████████████████   never runs dry
+sink    ▔▔▔▏ stopped for 30 s ▕▔▔▔▔▔▔▔   then it goes on, and every image gets its answer
+inner   ▁▂▄▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▄▂▁▁▁▁▁   at most what the window allows
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ async def on_kafka(goals: Mapping[str, str | None]) -> list[Row]:
         ours = pipeline(Path(name), "digits", SMALL)
         async with ours.running(broker.address) as process:
             spec = load(ours.file, {"kafka.bootstrap": broker.address})
-            plan = ensure(spec, Path(name) / ".streaminfer" / "plans" / spec.pipeline, random_weights=True)
+            plan = ensure(
+                spec, Path(name) / ".streaminfer" / "plans" / spec.pipeline, random_weights=True
+            )
             workers = _workers(process)
             before = {who: resident(one.pid, "VmRSS") for who, one in workers.items()}
             found = await press(connect(spec), spec, plan, lambda: _frozen(workers["sink"]))

@@ -1,8 +1,8 @@
 """What a measure gives: a row of the table, and rounds that alternate what they compare.
 
-    round 0   ours  raw   plain       each system is up alone while it is measured, and the
-    round 1   raw   plain ours        order rotates: a machine that slows down or speeds up
-    round 2   plain ours  raw         does not favour one of them
+round 0   ours  raw   plain       each system is up alone while it is measured, and the
+round 1   raw   plain ours        order rotates: a machine that slows down or speeds up
+round 2   plain ours  raw         does not favour one of them
 """
 
 from __future__ import annotations

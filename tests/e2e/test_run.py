@@ -62,7 +62,7 @@ async def test_a_worker_killed_under_load_loses_nothing(
     async with streaminfer("run", str(file), "--kafka", kafka_address, cwd=folder) as run:
         await run.line("ready")
         async with Client(kafka_address, pipeline=file) as client:
-            seen = set()
+            seen: set[tuple[int, int]] = set()
 
             async def killer() -> None:
                 while len(seen) < 400:  # noqa: ASYNC110 - another task counts

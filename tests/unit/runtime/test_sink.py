@@ -60,7 +60,7 @@ def item(at: int, samples: Sequence[Sample]) -> Item:
 
 
 async def order(note: str = "", **more: int) -> Order:
-    made = Order(PLAN, "predictions", Metrics("p"), clock=lambda: 1001.0, **more)  # type: ignore[arg-type]
+    made = Order(PLAN, "predictions", Metrics("p"), clock=lambda: 1001.0, **more)
     await made.assign({TP: note})
     return made
 
