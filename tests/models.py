@@ -109,7 +109,7 @@ class Causal(nn.Module):
         places = torch.arange(x.shape[0] * 2, device=x.device)[: x.shape[0]].view(-1, 1, 1) * 0
         y = self.first(x) + places
         y = (y @ y.transpose(1, 2) + mask).softmax(-1) @ y
-        y = self.second(y) * (self.scale * 2)
+        y = self.second(y) * torch.mul(self.get_buffer("scale"), 2)
         return (y @ y.transpose(1, 2) + mask).softmax(-1) @ y  # type: ignore[no-any-return]
 
 

@@ -1,7 +1,7 @@
 """A small residual network for handwritten digits: 8x8 grey pixels in, ten logits out.
 
-    image [N,1,8,8] ─▶ stem ─▶ [N,24,8,8] ─▶ early ─▶ [N,24,8,8] ─▶ down ─▶ [N,48,4,4] ─▶ late
-                                                     ─▶ [N,48,4,4] ─▶ head ─▶ [N,10]
+    image [N,1,8,8] ─▶ stem ─▶ [N,12,8,8] ─▶ early ─▶ [N,12,8,8] ─▶ down ─▶ [N,24,4,4] ─▶ late
+                                                     ─▶ [N,24,4,4] ─▶ head ─▶ [N,10]
 
 Nothing in it knows that it will be cut: the names of its layers are all that a pipeline needs.
 """
@@ -44,10 +44,10 @@ def build() -> nn.Module:
     """Return the network with fresh weights: float32 [N, 1, 8, 8] → logits [N, 10]."""
     return nn.Sequential(
         OrderedDict(
-            stem=_convolution(1, 24, stride=1),
-            early=Block(24),
-            down=_convolution(24, 48, stride=2),
-            late=Block(48),
-            head=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48 * 4, 10)),
+            stem=_convolution(1, 12, stride=1),
+            early=Block(12),
+            down=_convolution(12, 24, stride=2),
+            late=Block(24),
+            head=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24 * 4, 10)),
         )
     )

@@ -63,6 +63,7 @@ TENSOR_INPUT = "application/vnd.streaminfer+msgpack"  # content-type of a user's
 MAGIC = b"SIE"
 VERSION = 1
 ALIGN = 64
+BUFFER = 16_384  # msgpack's own first buffer is 1 MB: its page faults cost more than the packing
 PREFIX = struct.Struct("<3sBI")
 
 MAX_HEADER = 4 * 2**20  # bytes
@@ -83,7 +84,7 @@ def encode(envelope: Envelope) -> list[Buffer]:
     check_columns(columns)
     _check_rows(envelope.tensors, len(envelope.samples))
     try:
-        header: bytes = msgpack.packb(columns)
+        header: bytes = msgpack.packb(columns, buf_size=BUFFER)
     except (ValueError, TypeError, OverflowError) as error:
         raise WireError(f"envelope cannot be written: {error}") from None
     if len(header) > MAX_HEADER:

@@ -268,38 +268,40 @@ async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
 
 async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) -> None:
     """Also: in order, none twice, and the consumer finds its way back by itself."""
-    kafka = quick(own_broker.address)
+    kafka = quick(own_broker.address, close_timeout=20.0)
     topic = await make(kafka)
-    acked: list[Position] = []
-    sent, done = 0, asyncio.Event()
+    acks: list[asyncio.Future[Position]] = []
+    done = asyncio.Event()
 
     async def send() -> None:
-        nonlocal sent
         async with kafka.producer() as producer:
             while not done.is_set():
-                ack = await producer.send(Outgoing(topic, b"%06d" % sent + bytes(20_000)))
-                ack.add_done_callback(lambda ack: acked.append(ack.result()))
-                sent += 1
+                value = b"%06d" % len(acks) + bytes(20_000)
+                acks.append(await producer.send(Outgoing(topic, value)))
                 await asyncio.sleep(0.001)
 
-    seen: list[bytes] = []
+    seen: dict[bytes, None] = {}  # first sights in order: nothing is committed, so some come twice
 
     async def receive() -> None:
         async with kafka.consumer([topic], "g") as consumer:
-            while not done.is_set() or len(seen) < sent:
-                seen.extend((record.value or b"")[:6] for record in await consumer.poll(0.2))
+            while not done.is_set() or len(seen) < len(acks):
+                seen.update((record.value or b"", None) for record in await consumer.poll(0.2))
 
-    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
         tasks.create_task(send())
         tasks.create_task(receive())
         await asyncio.sleep(1)
         await asyncio.to_thread(own_broker.kill)
-        before = len(acked)
+        before = sum(ack.done() for ack in acks)
         await asyncio.to_thread(own_broker.start)
         await asyncio.sleep(1)
         done.set()
-    assert 0 < before < len(acked) == sent
-    assert seen == [b"%06d" % number for number in range(sent)]
+    positions = [ack.result() for ack in acks]
+    assert 0 < before < len(positions)
+    assert positions == [Position(topic, 0, offset) for offset in range(len(positions))]
+    log = [(record.value or b"")[:6] for record in await read_all(kafka, topic, len(positions))]
+    assert log == [b"%06d" % number for number in range(len(positions))]
+    assert [value[:6] for value in seen] == log
 
 
 async def test_loading_coordinator_never_says_that_nothing_is_committed(

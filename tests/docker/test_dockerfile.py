@@ -165,7 +165,7 @@ def answering(status: int) -> Iterator[tuple[int, list[str]]]:
             self.send_response(status)
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        def log_message(self, format: str, *args: object) -> None:
             return
 
     server = HTTPServer(("127.0.0.1", 0), Handler)

@@ -98,5 +98,5 @@ async def stop(stopping: Awaitable[None], client: Any, limit: float) -> None:
         task.cancel()
         await asyncio.wait({task}, timeout=1)
     if task.done() and not task.cancelled() and (error := task.exception()):
-        _logger.warning("a Kafka client did not stop cleanly: %s", error)
+        _logger.warning("a Kafka client did not stop cleanly: %r", error)
         await client.close()

@@ -147,7 +147,7 @@ async def test_a_poisoned_envelope_of_compressed_rows_is_split_too() -> None:
     squeezed = Item(bad.positions, Envelope(0, bad.envelope.samples, "d" * 64, "i", packed))
     async with forward(Fake(poison), compress="zstd") as step:
         result = await step([squeezed])
-    assert rows(result) == {0: 2} | {k: 4 for k in range(2, 8)}
+    assert rows(result) == {0: 2} | dict.fromkeys(range(2, 8), 4)
 
 
 async def test_too_large_for_the_memory_is_halved_and_remembered() -> None:

@@ -19,6 +19,7 @@ from streaminfer.spec import BatchSpec
 from streaminfer.transport import Commit, Outgoing, Position, Producer, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 
+NO_LIMITS = Limits()
 TPS = [TopicPartition("in", p) for p in range(3)]
 
 
@@ -79,7 +80,7 @@ class Bench:
                 await (await producer.send(Outgoing("in", b"%d" % k, None, k % 3)))
 
     async def run(
-        self, step: Copy, *, failures: int = 0, burst: bool = True, limits: Limits = Limits()
+        self, step: Copy, *, failures: int = 0, burst: bool = True, limits: Limits = NO_LIMITS
     ) -> None:
         metrics = Metrics("p").stage("s")
         async with self.bus.producer() as producer, self.bus.admin() as admin:
