@@ -2,7 +2,8 @@
 
     panels.yaml (what is shown) ─▶ Panel ─▶ dashboards/streaminfer.json
 
-It is Grafana's classic model, schemaVersion 39. The JSON is as small as it loads; what is left out is Grafana's default.
+It is Grafana's classic model, schemaVersion 39. The JSON is as small as it loads:
+what is left out is Grafana's default.
 """
 
 from __future__ import annotations

@@ -33,17 +33,21 @@ class Comparison:
 
     async def ours(self) -> Rate:
         """Measure `streaminfer run`: three stage workers and the sink."""
-        async with self._ours.running(self._address) as process:
-            async with Load(self._address, self._ours.source, self._ours.target) as load:
-                return await measured(load, [process], self._warm, self._images)
+        async with (
+            self._ours.running(self._address) as process,
+            Load(self._address, self._ours.source, self._ours.target) as load,
+        ):
+            return await measured(load, [process], self._warm, self._images)
 
     async def chain(self) -> Rate:
         """Measure four processes that pass records on."""
         script = ["-m", "tests.benchmarks.raw_chain", self._address]
         starts = [(f"chain {a}", [*script, a, b]) for a, b in pairwise(HOPS)]
-        async with together(starts) as processes:
-            async with Load(self._address, HOPS[0], HOPS[-1]) as load:
-                return await measured(load, processes, self._warm, self._images)
+        async with (
+            together(starts) as processes,
+            Load(self._address, HOPS[0], HOPS[-1]) as load,
+        ):
+            return await measured(load, processes, self._warm, self._images)
 
 
 async def measure(goals: Mapping[str, str | None]) -> list[Row]:
@@ -54,4 +58,4 @@ async def measure(goals: Mapping[str, str | None]) -> list[Row]:
         systems = Comparison(broker.address, ours)
         rounds = await alternate({"ours": systems.ours, "chain": systems.chain}, ROUNDS)
     note = rounds.note("ours", "chain")
-    return [Row(CHAIN, rounds.ratio("ours", "chain"), "×", goals[CHAIN], note)]
+    return [Row(CHAIN, rounds.ratio("ours", "chain"), "x", goals[CHAIN], note)]

@@ -73,7 +73,7 @@ class _Gauge:
         return sum(size for queue in self._unread.values() for _, size in queue)
 
     async def _in_flight(self) -> int:
-        """Ingest's commits minus the sink's watermarks: what was ingested since is a lower bound."""
+        """Ingest's commits minus the sink's watermarks: a lower bound."""
         first, sink = self._workers[0], self._workers[-1]
         taken = [TopicPartition(first.source, p) for p in self._partitions]
         ended = [TopicPartition(sink.source, p) for p in self._partitions]

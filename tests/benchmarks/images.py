@@ -20,12 +20,12 @@ DISTINCT = 96
 
 
 def digits(count: int) -> Iterator[bytes]:
-    """Return `count` digit scans as PNG and JPEG files, again from the first when all were given."""
+    """Return `count` digit scans as PNG and JPEG files, from the first again at the end."""
     return islice(cycle(_scans()), count)
 
 
 def photos(count: int) -> Iterator[bytes]:
-    """Return `count` JPEGs of 256x256 pixels, again from the first when all were given."""
+    """Return `count` JPEGs of 256x256 pixels, from the first again at the end."""
     return islice(cycle(_photos()), count)
 
 

@@ -1,4 +1,4 @@
-"""The load: one Kafka client that sends n images and waits for their n answers, for every system."""
+"""The load: one Kafka client that sends n images and waits for their n answers, for all."""
 
 from __future__ import annotations
 

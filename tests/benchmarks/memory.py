@@ -71,7 +71,8 @@ async def hop(goals: Mapping[str, str | None]) -> list[Row]:
     """Send micro-batches through a worker that computes nothing: µs from ack to ack."""
     found = [await _hop() for _ in range(ROUNDS)]
     floats = " x ".join(str(n) for n in SHAPE)
-    note = f"receive, decode, encode, send, ack, settle of {floats} floats; rounds {spread(found, 0)}; {load_average()}"
+    road = "receive, decode, encode, send, ack, settle"
+    note = f"{road} of {floats} floats; rounds {spread(found, 0)}; {load_average()}"
     return [Row(HOP, statistics.median(found), "µs per micro-batch", goals[HOP], note)]
 
 
@@ -135,7 +136,7 @@ async def efficiency(goals: Mapping[str, str | None]) -> list[Row]:
 
         rounds = await alternate({"ours": streamed, "loop": loop}, ROUNDS)
     note = rounds.note("ours", "loop")
-    return [Row(EFFICIENCY, rounds.ratio("ours", "loop"), "×", goals[EFFICIENCY], note)]
+    return [Row(EFFICIENCY, rounds.ratio("ours", "loop"), "x", goals[EFFICIENCY], note)]
 
 
 def _program(folder: Path, stage: str) -> Program:

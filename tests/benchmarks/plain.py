@@ -1,6 +1,6 @@
-"""The ceiling: one of two processes with the whole ResNet-50, half of the images each, no transport.
+"""The ceiling: one of two processes with the whole ResNet-50, half of the images each.
 
-`python -m tests.benchmarks.plain WEIGHTS IMAGES`: for each line on stdin it works once and prints the
+`python -m tests.benchmarks.plain WEIGHTS IMAGES`: for each line on stdin it works once, prints the
 seconds that it took.
 """
 

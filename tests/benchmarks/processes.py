@@ -54,7 +54,7 @@ class Process:
         return self.lines[count]
 
     async def until_ready(self) -> None:
-        """Wait for its line. Raises RuntimeError with what it said if it ends, or takes too long."""
+        """Wait for its line. Raises RuntimeError with what it said if it ends or is late."""
         waits = [asyncio.ensure_future(e.wait()) for e in (self.ready, self.ended)]
         await asyncio.wait(waits, timeout=STARTS, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:

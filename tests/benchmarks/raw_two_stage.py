@@ -4,8 +4,8 @@
 
     images (key = id) ─▶ [first] ─▶ msgpack(ids, shape, fp16) ─▶ [second] ─▶ JSON (key = id)
 
-Reading, computing and writing overlap, so that it is what a careful person gets; it has no retry, no
-order, no window, no dead letter, and commits by the clock.
+Reading, computing and writing overlap, so that it is what a careful person gets; it has no retry,
+no order, no window, no dead letter, and commits by the clock.
 """
 
 from __future__ import annotations

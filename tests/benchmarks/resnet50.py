@@ -33,18 +33,22 @@ class Comparison:
 
     async def ours(self) -> Rate:
         """Measure `streaminfer run`: two stage workers and the sink."""
-        async with self._ours.running(self._address) as process:
-            async with Load(self._address, self._ours.source, self._ours.target) as load:
-                return await measured(load, [process], self._warm, self._images)
+        async with (
+            self._ours.running(self._address) as process,
+            Load(self._address, self._ours.source, self._ours.target) as load,
+        ):
+            return await measured(load, [process], self._warm, self._images)
 
     async def raw(self) -> Rate:
         """Measure the hand-written script: two processes."""
         script = ["-m", "tests.benchmarks.raw_two_stage"]
         first = [*script, "first", self._address, "raw.images", "raw.halves", str(self._weights)]
         second = [*script, "second", self._address, "raw.halves", "raw.answers", str(self._weights)]
-        async with together([("raw first", first), ("raw second", second)]) as processes:
-            async with Load(self._address, "raw.images", "raw.answers") as load:
-                return await measured(load, processes, self._warm, self._images)
+        async with (
+            together([("raw first", first), ("raw second", second)]) as processes,
+            Load(self._address, "raw.images", "raw.answers") as load,
+        ):
+            return await measured(load, processes, self._warm, self._images)
 
     async def plain(self) -> Rate:
         """Measure two processes with half of the images each."""
@@ -70,7 +74,7 @@ async def measure(goals: Mapping[str, str | None]) -> list[Row]:
         chosen = dict([("ours", systems.ours), *(others[name] for name in goals)])
         rounds = await alternate(chosen, ROUNDS)
     return [
-        Row(name, rounds.ratio("ours", other), "×", goal, rounds.note("ours", other))
+        Row(name, rounds.ratio("ours", other), "x", goal, rounds.note("ours", other))
         for name, goal in goals.items()
         for other, _ in [others[name]]
     ]

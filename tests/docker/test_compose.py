@@ -69,7 +69,7 @@ def test_a_worker_is_confined_and_may_drain(name: str) -> None:
     assert service["init"] is True
     assert service["stop_grace_period"] == "60s"
     assert service["read_only"] is True
-    assert service["tmpfs"] == ["/tmp"]
+    assert service["tmpfs"] == ["/tmp"]  # noqa: S108 - of a container
     assert service["depends_on"] == {
         "kafka": {"condition": "service_healthy"},
         "topics": {"condition": "service_completed_successfully"},

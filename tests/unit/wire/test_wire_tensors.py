@@ -31,7 +31,7 @@ def test_every_dtype_has_its_size(name: str, size: int) -> None:
 def test_dtypes_have_the_names_that_numpy_and_torch_give_them() -> None:
     assert dtype_name("float32") == dtype_name("F32") == "F32"
     assert dtype_name("bfloat16") == "BF16"
-    with pytest.raises(WireError, match="'complex64'.*F64, F32"):
+    with pytest.raises(WireError, match=r"'complex64'.*F64, F32"):
         dtype_name("complex64")
 
 
