@@ -71,6 +71,7 @@ MAGIC = (
     (b"data:image/", "a data: URL"),
     (b"<svg", "an SVG image"),
 )
+HEAD = 1 << 16  # bytes in which a JPEG's segments of metadata begin
 BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image", b"heic": "a HEIC image"}
 
 
@@ -129,9 +130,18 @@ def _recognise(value: bytes) -> str:
 
 def _read(value: bytes, kind: str, spec: InputSpec) -> Pixels:
     """Return the picture upright and whole: [H, W] grey or [H, W, 3] colour."""
-    _check_size(_claimed_size(value, kind), spec)
-    if kind == "JPEG" and value.count(b"\xff\xda") > MAX_SCANS:
-        raise DecodeError(f"the JPEG image has over {MAX_SCANS} scans: save it again as baseline")
+    claimed = _claimed_size(value, kind)
+    _check_size(claimed, spec)
+    if kind == "JPEG":
+        if value.count(b"\xff\xda") > MAX_SCANS:
+            raise DecodeError(
+                f"the JPEG image has over {MAX_SCANS} scans: save it again as baseline"
+            )
+        head = value[:HEAD]
+        if b"Exif\0" not in head and b"MPF\0" not in head:  # upright, and one picture
+            plain = _plain_jpeg(value, claimed)
+            if plain is not None:
+                return plain
     image = READERS[kind](io.BytesIO(value))
     _check_size(image.size, spec)
     if getattr(image, "n_frames", 1) > 1:

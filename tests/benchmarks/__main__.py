@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tests.benchmarks import bounded, digits, memory, resnet50
@@ -49,20 +50,21 @@ async def run(only: str | None) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Draw the rows."""
-    drawn = Table("measure", "value", "unit", "goal", "holds", "how it came about")
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print the table, and below it how each value came about."""
+    drawn = Table("measure", "value", "unit", "goal", "holds")
     for row in rows:
-        value = (
-            "-"
-            if row.value is None
-            else f"{row.value:.3g}"
-            if row.value < 100
-            else f"{row.value:.0f}"
-        )
         mark = "[green]yes[/]" if row.holds else "[red]NO[/]"
-        drawn.add_row(row.name, value, row.unit, row.goal or "report", mark, row.note)
-    return drawn
+        drawn.add_row(row.name, _value(row.value), row.unit, row.goal or "report", mark)
+    console.print(drawn)
+    for row in rows:
+        console.print(f"[bold]{row.name}[/]: {escape(row.note)}", highlight=False, soft_wrap=True)
+
+
+def _value(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 100 else f"{value:,.0f}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     rows = asyncio.run(run(only))
     update(FILE, rows, NAMES)
-    console.print(table(rows))
+    show(rows, console)
     console.print(f"all rows: {FILE.relative_to(ROOT)}")
     return 0 if all(row.holds for row in rows) else 1
 

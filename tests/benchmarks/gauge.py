@@ -77,8 +77,8 @@ class _Gauge:
         first, sink = self._workers[0], self._workers[-1]
         taken = [TopicPartition(first.source, p) for p in self._partitions]
         ended = [TopicPartition(sink.source, p) for p in self._partitions]
-        answered = await self._admin.committed(sink.group, ended)
         ingested = await self._admin.committed(first.group, taken)
+        answered = await self._admin.committed(sink.group, ended)
         return sum(
             (commit.offset if (commit := ingested.get(a)) else 0)
             - (watermark(mark.metadata) if (mark := answered.get(b)) else 0)

@@ -297,8 +297,13 @@ async def test_topics_are_made_once_configured_and_deleted(harness: Harness) -> 
     assert await harness.ends(topic) == (0, 1)
 
     await harness.admin.configure(topic, {"segment.bytes": "1048576"})
-    config = (await harness.admin.topics([topic]))[topic].config
-    assert (config["segment.bytes"], config["max.message.bytes"]) == ("1048576", "20000")
+    async with asyncio.timeout(10):  # a broker answers before its replicas know
+        while True:
+            config = (await harness.admin.topics([topic]))[topic].config
+            if config["segment.bytes"] == "1048576":
+                break
+            await asyncio.sleep(0.1)
+    assert config["max.message.bytes"] == "20000"
 
     await harness.admin.delete([topic, "no-such-topic"])
     assert await harness.admin.topics([topic]) == {}

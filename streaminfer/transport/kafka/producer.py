@@ -44,6 +44,7 @@ class KafkaProducer:
         self._broken = False  # a batch failed: the broker now misses its sequence numbers
         self._in_flight = 0  # bytes handed to aiokafka and not acked
         self._freed = asyncio.Event()
+        self._counts: dict[str, tuple[int, float]] = {}  # partitions, and until when to believe it
 
     async def __aenter__(self) -> Self:
         """Connect. Raises TransportError naming the address."""
@@ -114,12 +115,17 @@ class KafkaProducer:
         return record.partition
 
     async def _count(self, topic: str) -> int:
-        known = self._kafka.client.cluster.partitions_for_topic(topic)
-        if known is None:
-            limit = self._settings.request_timeout
-            await lifecycle.require_topics(self._kafka.client, [topic], limit)
-            known = await self._kafka.partitions_for(topic)
-        return len(known)
+        now = asyncio.get_running_loop().time()
+        count, until = self._counts.get(topic, (0, 0.0))
+        if now >= until:
+            known = self._kafka.client.cluster.partitions_for_topic(topic)
+            if known is None:
+                limit = self._settings.request_timeout
+                await lifecycle.require_topics(self._kafka.client, [topic], limit)
+                known = await self._kafka.partitions_for(topic)
+            count = len(known)
+            self._counts[topic] = (count, now + 1.0)
+        return count
 
     async def _room(self, size: int) -> None:
         while self._in_flight and self._in_flight + size > _IN_FLIGHT:
