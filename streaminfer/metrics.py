@@ -35,6 +35,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._stages: dict[str, StageMetrics] = {}
         stage = ("pipeline", "stage")
+        self._count_things(stage)
+        self._time_things(stage)
+        self._gauge_things(stage)
+        self._watch_sink()
+        info = Info("streaminfer_build", "What runs here", registry=self.registry)
+        info.info({"pipeline": pipeline, **facts})
+
+    def _count_things(self, stage: tuple[str, str]) -> None:
         self.consumed = self._counter("stage_records_consumed", "Records received", stage)
         self.produced = self._counter("stage_records_produced", "Records acked", stage)
         self.samples = self._counter(
@@ -54,6 +62,8 @@ class Metrics:
         self.busy = self._counter(
             "stage_busy_seconds", "Time spent, by activity", (*stage, "activity")
         )
+
+    def _time_things(self, stage: tuple[str, str]) -> None:
         self.batch_size = self._histogram(
             "stage_batch_size_samples", "Samples in a device batch", stage, BATCH
         )
@@ -75,6 +85,8 @@ class Metrics:
         self.record_size = self._histogram(
             "record_size_bytes", "Size of one record", (*stage, "direction"), BYTES
         )
+
+    def _gauge_things(self, stage: tuple[str, str]) -> None:
         self.inflight = self._gauge(
             "stage_inflight_samples", "Samples received and not yet settled", stage
         )
@@ -101,6 +113,8 @@ class Metrics:
         self.resident = self._gauge(
             "process_resident_bytes", "Resident memory of the worker", stage
         )
+
+    def _watch_sink(self) -> None:
         self.window = self._gauge(
             "ingest_window_samples", "Most samples in flight per input partition", ("pipeline",)
         )
@@ -122,8 +136,6 @@ class Metrics:
             ("pipeline",),
             LATENCY,
         )
-        info = Info("streaminfer_build", "What runs here", registry=self.registry)
-        info.info({"pipeline": pipeline, **facts})
 
     def stage(self, name: str) -> StageMetrics:
         """Return the metrics of one stage, all at 0 the first time."""

@@ -1,0 +1,32 @@
+"""What each command does, behind the command line: plain functions of a spec."""
+
+from streaminfer.commands.messages import send, watch
+from streaminfer.commands.plans import (
+    cuts,
+    plan_of,
+    print_cuts,
+    print_plan,
+    print_verified,
+    topics_apply,
+    topics_diff,
+    verify,
+)
+from streaminfer.commands.serve import run, targets, worker
+from streaminfer.commands.settings import config_text
+
+__all__ = [
+    "config_text",
+    "cuts",
+    "plan_of",
+    "print_cuts",
+    "print_plan",
+    "print_verified",
+    "run",
+    "send",
+    "targets",
+    "topics_apply",
+    "topics_diff",
+    "verify",
+    "watch",
+    "worker",
+]
