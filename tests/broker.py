@@ -107,9 +107,12 @@ class Broker:
     def start(self) -> None:
         """Start it, for the first time or again, and wait until it has stored a record."""
         if not (self.folder / "data").exists():
-            cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            # The first byte 0 makes it start with A: a leading dash would be taken for an option.
+            cluster = urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
             tool = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
-            subprocess.run(self._java(*tool), check=True, capture_output=True)
+            done = subprocess.run(self._java(*tool), capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"cannot format the log:\n{done.stdout}{done.stderr}")
         with (self.folder / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._config)), stdout=log, stderr=log

@@ -28,7 +28,7 @@ from streaminfer.parallel.layers import Layers
 from streaminfer.parallel.mutation import Aliases, settle, written
 from streaminfer.parallel.operators import draws_random_numbers, name_of
 
-__all__ = ["Capture", "capture", "is_batched", "model_line"]
+__all__ = ["Capture", "capture", "is_batched", "is_rows", "model_line"]
 
 # They check what export saw (device, layout, value ranges); a stage checks its inputs itself.
 _ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
@@ -57,6 +57,11 @@ def is_batched(node: fx.Node, batch: torch.SymInt) -> bool:
     """Tell whether a node's value is a tensor with one row per sample."""
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and val.dim() > 0 and _equal(val.shape[0], batch)
+
+
+def is_rows(node: fx.Node, batch: torch.SymInt) -> bool:
+    """Tell whether a node's value is the number of rows."""
+    return _equal(node.meta.get("val"), batch)
 
 
 def _equal(size: object, batch: torch.SymInt) -> bool:

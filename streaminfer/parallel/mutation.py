@@ -99,7 +99,7 @@ def _pure_twin(target: OpOverload) -> OpOverload | None:
 
 
 def _gives_the_same(twin: OpOverload, node: fx.Node) -> bool:
-    """Tell whether the twin keeps dtype and shape: `x.add_(y)` keeps x's, `x.add(y)` may not."""
+    """Tell whether the twin keeps dtype and layout: `x.add_(y)` keeps x's, `x.add(y)` may not."""
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     mode = detect_fake_mode(pytree.tree_leaves((args, kwargs)))
     if mode is None:
@@ -107,7 +107,12 @@ def _gives_the_same(twin: OpOverload, node: fx.Node) -> bool:
     with mode, torch.no_grad():
         result = twin(*args, **kwargs)
     val = node.meta["val"]
-    return bool(result.dtype == val.dtype) and str(result.shape) == str(val.shape)
+    # Strides, too: kernels choose by them how they sum, and a sum in another order is another sum.
+    return bool(result.dtype == val.dtype) and _layout(result) == _layout(val)
+
+
+def _layout(value: torch.Tensor) -> tuple[str, str]:
+    return str(value.shape), str(value.stride())
 
 
 def _purify(node: fx.Node, aliases: Aliases, order: dict[fx.Node, int]) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from streaminfer.errors import CaptureError
-from streaminfer.parallel.capture import Capture, is_batched
+from streaminfer.parallel.builder import Builder
+from streaminfer.parallel.capture import Capture, is_batched, is_rows
 from streaminfer.parallel.mutation import written
 from streaminfer.parallel.signature import Port, dtype_name
 from streaminfer.parallel.weights import same_memory
@@ -65,8 +66,7 @@ class Cutter:
 
     def _is_free(self, node: fx.Node) -> bool:
         """Tell whether a value follows from weights and the number of rows alone."""
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) and val.node.expr == self.captured.batch.node.expr:
+        if is_rows(node, self.captured.batch):
             return True
         if self.captured.aliases.root(node) in self._written:
             return False  # what is written into it may be data
@@ -176,75 +176,18 @@ class Cutter:
         inputs = self.live(first - 1) if first else list(captured.inputs)
         final = last == len(captured.nodes) - 1
         outputs = dict(captured.outputs) if final else {node.name: node for node in self.live(last)}
-        builder = _Builder(captured, inputs, self._free)
-        for node in inputs:
-            if any(
-                first <= at <= last for at in self._written.get(captured.aliases.root(node), ())
-            ):
-                builder.clone(node)
+        written_here = {
+            root for root, at in self._written.items() if any(first <= i <= last for i in at)
+        }
+        copied = {node for node in inputs if captured.aliases.root(node) in written_here}
+        builder = Builder(captured, inputs, copied)
         for node in captured.nodes[first : last + 1]:
             builder.copy(node)
-        builder.graph.output(tuple(builder.value(node) for node in outputs.values()))
-        builder.graph.eliminate_dead_code()
+        graph, weights = builder.finish(outputs.values())
         return StageGraph(
-            builder.graph,
-            {
-                n.target: builder.weights[str(n.target)]
-                for n in builder.graph.nodes
-                if n.op == "get_attr"
-            },
+            graph,
+            weights,
             tuple(port(node) for node in inputs),
             tuple(port(node, name) for name, node in outputs.items()),
             captured.layers.within(first, last),
         )
-
-
-class _Builder:
-    """Copies nodes into a new graph, with whatever they need that does not cross the cut."""
-
-    def __init__(self, captured: Capture, inputs: list[fx.Node], free: set[fx.Node]) -> None:
-        self._captured, self._free = captured, free
-        self.graph = fx.Graph()
-        self.weights: dict[str, torch.Tensor] = {}
-        self._tied: dict[tuple[object, ...], str] = {}
-        self._made = {node: self.graph.placeholder(node.name) for node in inputs}
-        self._rows = self._made[inputs[0]]
-
-    def clone(self, node: fx.Node) -> None:
-        """Have an input copied first: the stage writes it, and its memory is the sender's."""
-        self._made[node] = self.graph.call_function(
-            torch.ops.aten.clone.default, (self._made[node],)
-        )
-
-    def copy(self, node: fx.Node) -> None:
-        """Copy a node, its sources first."""
-        if node not in self._made:
-            self._made[node] = self.graph.node_copy(node, self.value)
-
-    def value(self, node: fx.Node) -> fx.Node:
-        """Return a node's copy; what does not cross the cut is computed here."""
-        if node in self._made:
-            return self._made[node]
-        if node.op == "get_attr":
-            self._made[node] = self._weight(str(node.target), node)
-        elif _is_rows(node, self._captured.batch):
-            self._made[node] = self.graph.call_function(
-                torch.ops.aten.sym_size.int, (self._rows, 0)
-            )
-        else:
-            assert node in self._free, node  # noqa: S101 - else live() would have sent it
-            self.copy(node)
-        return self._made[node]
-
-    def _weight(self, name: str, node: fx.Node) -> fx.Node:
-        tensor = self._captured.tensors[name]
-        kept = self._tied.setdefault(same_memory(tensor), name)
-        self.weights[kept] = tensor
-        made = self.graph.node_copy(node)
-        made.target = kept
-        return made
-
-
-def _is_rows(node: fx.Node, batch: torch.SymInt) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, torch.SymInt) and bool(val.node.expr == batch.node.expr)

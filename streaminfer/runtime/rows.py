@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from streaminfer.parallel import DTYPES
+from streaminfer.parallel.weights import aligned
 from streaminfer.wire import Envelope, Tensor, decompress
 
 __all__ = ["DTYPES", "NAMES", "as_bytes", "select", "view"]
@@ -16,11 +17,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def view(tensor: Tensor) -> torch.Tensor:
-    """Read bytes as a tensor, without a copy where they are writable or nobody writes."""
+    """Read bytes as a tensor, without a copy where they are writable and lie as kernels want."""
     if 0 in tensor.shape:
         return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     data = tensor.data if not tensor.data.readonly else memoryview(bytearray(tensor.data))
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+    return aligned(torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(tensor.shape))
 
 
 def as_bytes(value: torch.Tensor) -> memoryview:

@@ -102,6 +102,8 @@ def _syntax(error: yaml.YAMLError, text: str, file: str) -> ConfigError:
         return ConfigError(f"not YAML: {message}", where=file)
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
+    if "nesting depth" in message:  # libyaml's own limit, where its scanner reads ahead
+        return ConfigError(f"more than {MAX_DEPTH} levels", where=f"{file}:{mark.line + 1}")
     hint = 'inside { } put it in quotes: "${NAME}"' if "${" in line else ""
     return ConfigError(f"not YAML: {message}", where=f"{file}:{mark.line + 1}", hint=hint)
 

@@ -200,8 +200,8 @@ class Group:
         self.commits = {tp: commit for tp, commit in self.commits.items() if tp.topic != topic}
 
     def _stir(self) -> None:
-        self._stirred = True
-        if self._task is None or self._task.done():
+        self._stirred = bool(self._seats)  # an empty group has nobody to deal to
+        if self._stirred and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._rebalance())
 
     async def _rebalance(self) -> None:

@@ -224,14 +224,14 @@ def test_too_much_meta_for_a_header_says_what_to_do() -> None:
 @contextmanager
 def bounded(peak: int) -> Iterator[Callable[[], None]]:
     """Fail if a call takes a second, or more than `peak` bytes of memory."""
-    began = time.perf_counter()
+    began = time.process_time()
 
     def check() -> None:
         nonlocal began
-        assert time.perf_counter() - began < 1
+        assert time.process_time() - began < 1
         assert tracemalloc.get_traced_memory()[1] - base < peak
         tracemalloc.reset_peak()
-        began = time.perf_counter()
+        began = time.process_time()
 
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""What only a real Kafka can break: killed brokers, coordinators that load, zombies, other clients.
+"""What only a real Kafka can break: other clients, large requests, zombies, locked doors.
 
 The semantics that both carriers share are in `test_transport.py`.
 """
@@ -9,55 +9,24 @@ import asyncio
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from streaminfer.errors import NotOwner, RecordTooLarge, TopicError, TransportError
-from streaminfer.transport.base import Commit, Outgoing, Position, Record, TopicPartition, TopicSpec
-from streaminfer.transport.kafka import KafkaConsumer, KafkaSettings, KafkaTransport
-from tests.broker import Broker
+from streaminfer.transport.base import Commit, Outgoing, Position, TopicPartition
+from streaminfer.transport.kafka import KafkaSettings, KafkaTransport
 from tests.conftest import a_broker
-from tests.contract.members import Witness
+from tests.contract.brokers import make, quick, read_all
 
 pytestmark = pytest.mark.kafka
-
-
-def quick(address: str, **other: float) -> KafkaTransport:
-    """A transport that gives up in seconds where production waits for minutes."""
-    times: dict[str, float] = {
-        "session_timeout": 1.5,
-        "rebalance_timeout": 3.0,
-        "request_timeout": 5.0,
-        "close_timeout": 2.0,
-        **other,
-    }
-    return KafkaTransport(KafkaSettings(address, **times))  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def kafka(kafka_address: str) -> KafkaTransport:
     return quick(kafka_address)
-
-
-async def make(kafka: KafkaTransport, partitions: int = 1, **config: str) -> str:
-    name = f"t-{uuid4().hex[:12]}"
-    async with kafka.admin() as admin:
-        settings = {key.replace("_", "."): value for key, value in config.items()}
-        await admin.create([TopicSpec(name, partitions, settings)])
-    return name
-
-
-async def read_all(kafka: KafkaTransport, topic: str, count: int) -> list[Record]:
-    records: list[Record] = []
-    async with kafka.consumer([topic], None) as reader, asyncio.timeout(30):
-        while len(records) < count:
-            records += await reader.poll(0.5)
-    return records
 
 
 # ── other clients ─────────────────────────────────────────────────────────────────────────────
@@ -197,142 +166,6 @@ async def test_rebalance_voids_what_was_fetched_and_not_polled(kafka: KafkaTrans
                 assert sorted(got) == sorted(member.assignment())
 
 
-# ── brokers that fail ─────────────────────────────────────────────────────────────────────────
-
-
-async def test_nothing_is_there_is_said_within_seconds() -> None:
-    kafka = quick("127.0.0.1:1")
-    begin = time.monotonic()
-    for client in (kafka.consumer(["t"], "g"), kafka.producer(), kafka.admin()):
-        with pytest.raises(TransportError, match=r"127\.0\.0\.1:1"):
-            async with client:
-                pytest.fail("connected to nothing")
-    assert time.monotonic() - begin < 10
-
-
-async def test_missing_topic_is_not_waited_for(kafka: KafkaTransport) -> None:
-    begin = time.monotonic()
-    with pytest.raises(TopicError, match=r"no-such-topic.*topics apply"):
-        async with kafka.consumer(["no-such-topic"], "g"):
-            pytest.fail("joined")
-    async with kafka.producer() as producer:
-        with pytest.raises(TopicError, match=r"no-such-topic.*topics apply"):
-            await producer.send(Outgoing("no-such-topic", b"x"))
-    assert time.monotonic() - begin < 10
-
-
-async def test_topic_deleted_while_it_is_read_ends_the_reader(kafka: KafkaTransport) -> None:
-    """aiokafka would ask for it again and again, a thousand times a second, and say nothing."""
-    topic = await make(kafka)
-    async with kafka.consumer([topic], "g-" + topic) as consumer, kafka.admin() as admin:
-        await admin.delete([topic])
-        with pytest.raises(TopicError, match="deleted"):
-            async with asyncio.timeout(15):
-                while True:
-                    await consumer.poll(0.2)
-
-
-@pytest.mark.parametrize("fault", ["kill", "freeze"])
-async def test_closing_never_hangs(own_broker: Broker, fault: str) -> None:
-    """SIGTERM must end a worker though its broker is gone, or open but silent."""
-    kafka = quick(own_broker.address)
-    topic = await make(kafka)
-    consumer, producer = kafka.consumer([topic], "g"), kafka.producer()
-    async with asyncio.timeout(30):
-        async with consumer, producer:
-            await (await producer.send(Outgoing(topic, b"kept")))
-            getattr(own_broker, fault)()
-            ack = await producer.send(Outgoing(topic, b"in doubt"))
-            begin = time.monotonic()
-        assert time.monotonic() - begin < 12
-        with pytest.raises(TransportError):
-            await ack
-
-
-async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
-    """Else a worker waits for ever on a connection that nobody answers (or a lost rebalance)."""
-    kafka = quick(own_broker.address, session_timeout=0.6, rebalance_timeout=1.0)
-    topic = await make(kafka)
-    async with asyncio.timeout(40):
-        async with kafka.consumer([topic], "g") as consumer:
-            assert await consumer.poll(0.2) == []
-            own_broker.freeze()
-            with pytest.raises(TransportError, match="new consumer"):
-                while True:
-                    await consumer.poll(0.1)
-        own_broker.thaw()
-        async with kafka.consumer([topic], "g") as consumer, kafka.producer() as producer:
-            await (await producer.send(Outgoing(topic, b"again")))
-            assert (await _next(consumer)).value == b"again"
-
-
-async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) -> None:
-    """Also: in order, none twice, and the consumer finds its way back by itself."""
-    kafka = quick(own_broker.address, close_timeout=20.0)
-    topic = await make(kafka)
-    acks: list[asyncio.Future[Position]] = []
-    done = asyncio.Event()
-
-    async def send() -> None:
-        async with kafka.producer() as producer:
-            while not done.is_set():
-                value = b"%06d" % len(acks) + bytes(20_000)
-                acks.append(await producer.send(Outgoing(topic, value)))
-                await asyncio.sleep(0.001)
-
-    seen: dict[bytes, None] = {}  # first sights in order: nothing is committed, so some come twice
-
-    async def receive() -> None:
-        async with kafka.consumer([topic], "g") as consumer:
-            while not done.is_set() or len(seen) < len(acks):
-                seen.update((record.value or b"", None) for record in await consumer.poll(0.2))
-
-    async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
-        tasks.create_task(send())
-        tasks.create_task(receive())
-        await asyncio.sleep(1)
-        await asyncio.to_thread(own_broker.kill)
-        before = sum(ack.done() for ack in acks)
-        await asyncio.to_thread(own_broker.start)
-        await asyncio.sleep(1)
-        done.set()
-    positions = [ack.result() for ack in acks]
-    assert 0 < before < len(positions)
-    assert positions == [Position(topic, 0, offset) for offset in range(len(positions))]
-    log = [(record.value or b"")[:6] for record in await read_all(kafka, topic, len(positions))]
-    assert log == [b"%06d" % number for number in range(len(positions))]
-    assert [value[:6] for value in seen] == log
-
-
-async def test_loading_coordinator_never_says_that_nothing_is_committed(
-    own_broker: Broker,
-) -> None:
-    """aiokafka alone would then answer "no commit": the whole log would be sent again."""
-    kafka = quick(own_broker.address, request_timeout=20.0)
-    topic = await make(kafka, 4)
-    group = "g-loading"
-    expected = {TopicPartition(topic, p): Commit(1000, f"note {p}") for p in range(4)}
-    async with kafka.admin() as admin:
-        for offset in range(0, 1001, 20):  # something to load
-            await admin.commit(
-                group, {tp: Commit(offset, commit.metadata) for tp, commit in expected.items()}
-            )
-    own_broker.kill()
-    starting = asyncio.create_task(asyncio.to_thread(own_broker.start))
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                async with kafka.admin() as admin:
-                    assert await admin.committed(group, list(expected)) == expected
-                    break
-            except TransportError:
-                await asyncio.sleep(0.02)
-        witness = Witness()
-        async with kafka.consumer([topic], group, witness):
-            assert witness.commits == expected
-        await starting
-
-
 # ── safety on the wire ────────────────────────────────────────────────────────────────────────
 
 
@@ -383,9 +216,3 @@ async def test_only_the_right_password_and_authority_get_in(secure: KafkaSetting
         with pytest.raises(TransportError, match="password right"):
             async with KafkaTransport(wrong).producer():
                 pytest.fail("let in")
-
-
-async def _next(consumer: KafkaConsumer) -> Record:
-    while not (records := await consumer.poll(0.5)):
-        pass
-    return records[0]

@@ -29,7 +29,7 @@ from aiokafka.coordinator.protocol import (
     ConsumerProtocolMemberMetadata,
 )
 
-from streaminfer.errors import NotOwner, TransportError
+from streaminfer.errors import Action, NotOwner, TransportError
 from streaminfer.transport.assignor import Member, assign
 from streaminfer.transport.base import Commit, Listener, Record, TopicPartition
 from streaminfer.transport.kafka.border import translated
@@ -176,22 +176,42 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka h
         async with self._lane:
             if self._leaving:
                 return
+            partitions = frozenset(TopicPartition(*tp) for tp in assigned)
             try:
-                await self._take(frozenset(TopicPartition(*tp) for tp in assigned))
+                if (commits := await self._read_positions(partitions)) is not None:
+                    await self._take(commits)
             except Exception as error:  # aiokafka would log it, and nothing would ever flow
                 _logger.exception("cannot take over partitions of group %s", self._group)
                 self.owned, self.failure = frozenset(), error
 
     # ── ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take(self, partitions: frozenset[TopicPartition]) -> None:
-        with translated(f"read what group {self._group} has committed"):
-            commits = await self._offsets.read(partitions, self._settings.session_timeout)
-            fresh = [KafkaPartition(*tp) for tp in partitions if commits[tp] is None]
-            starts = await self._kafka.beginning_offsets(fresh)
+    async def _read_positions(
+        self, partitions: frozenset[TopicPartition]
+    ) -> dict[TopicPartition, Commit | None] | None:
+        """Read the commits and seek to them, or to the log's start where there is none.
+
+        None: the broker has just gone away. The member joins once more when it is back; by then
+        its session is over anyway.
+        """
+        try:
+            with translated(f"read what group {self._group} has committed"):
+                commits = await self._offsets.read(partitions, self._settings.session_timeout)
+                fresh = [KafkaPartition(*tp) for tp in partitions if commits[tp] is None]
+                starts = await self._kafka.beginning_offsets(fresh)
+        except TransportError as error:
+            if error.action is not Action.RETRY:
+                raise
+            _logger.warning("%s; joining again", error)
+            self._kafka._coordinator.request_rejoin()
+            return None
         for tp, commit in commits.items():
             key = KafkaPartition(*tp)
             self._kafka.seek(key, starts[key] if commit is None else commit.offset)
+        return commits
+
+    async def _take(self, commits: Mapping[TopicPartition, Commit | None]) -> None:
+        partitions = frozenset(commits)
         coordinator = self._kafka._coordinator
         self._stamp = Stamp(coordinator.generation, coordinator.member_id)
         self._last = Claim(self._weight, self._stamp.generation, partitions)

@@ -15,7 +15,7 @@ from tests.envelopes import envelope, envelopes
 GOOD = {"si-schema": SCHEMA, "si-origin": b"3:10:19:a1"}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(envelopes())
 def test_the_origin_is_read_back_and_speaks_for_its_samples_only(message: Envelope) -> None:
     origin = read_origin(dict(headers(message)))

@@ -1,0 +1,111 @@
+"""A range of nodes → a graph that stands alone, with all it needs that does not cross the cut."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import fx
+
+from streaminfer.parallel.capture import Capture, is_rows
+from streaminfer.parallel.weights import same_memory
+
+__all__ = ["Builder"]
+
+
+class Builder:
+    """Copies nodes in order; their sources come along.
+
+    A source is an input, an earlier copy, a weight, or a value that follows from weights and the
+    number of rows alone and is computed anew.
+    """
+
+    def __init__(
+        self, captured: Capture, inputs: Iterable[fx.Node], written: Collection[fx.Node]
+    ) -> None:
+        """Begin a graph.
+
+        Args:
+            captured: what the nodes are of.
+            inputs: what crosses the cut before them.
+            written: those inputs that the nodes write, into a copy: the memory is the sender's.
+        """
+        self._captured, self._written = captured, written
+        self._graph = fx.Graph()
+        self._inputs = {node: self._graph.placeholder(node.name) for node in inputs}
+        self._made: dict[fx.Node, fx.Node] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._tied: dict[tuple[object, ...], str] = {}
+
+    def copy(self, node: fx.Node) -> None:
+        """Copy a node."""
+        if node not in self._made:
+            self._made[node] = self._graph.node_copy(node, self._value)
+
+    def finish(self, outputs: Iterable[fx.Node]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+        """End the graph with these outputs; return it and the weights that it reads."""
+        through = {node: made for node, made in self._inputs.items() if node not in self._written}
+        results = tuple(through[n] if n in through else self._value(n) for n in outputs)
+        self._graph.output(results)
+        self._graph.eliminate_dead_code()
+        read = [str(node.target) for node in self._graph.nodes if node.op == "get_attr"]
+        return self._graph, {name: self._weights[name] for name in read}
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node not in self._made:
+            self._made[node] = self._source(node)
+        return self._made[node]
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        if node in self._inputs:
+            return self._input(node)
+        if node.op == "get_attr":
+            return self._weight(node)
+        if is_rows(node, self._captured.batch):
+            return self._rows()
+        return self._graph.node_copy(node, self._value)
+
+    def _rows(self) -> fx.Node:
+        first = next(iter(self._inputs.values()))
+        return self._graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
+
+    def _weight(self, node: fx.Node) -> fx.Node:
+        name = str(node.target)
+        tensor = self._captured.tensors[name]
+        kept = self._tied.setdefault(same_memory(tensor), name)
+        self._weights[kept] = tensor
+        made = self._graph.node_copy(node)
+        made.target = kept
+        return made
+
+    def _input(self, node: fx.Node) -> fx.Node:
+        """Give an input the strides it had in the whole model.
+
+        Tensors travel contiguous. But a linear layer on a transposed tensor takes another kernel
+        than on a contiguous one, which sums in another order and gives other last bits.
+        """
+        value, sent = node.meta["val"], self._inputs[node]
+        strides = None if value.is_contiguous() else self._strides(value)
+        call = self._graph.call_function
+        if strides is not None:
+            sizes = [n if isinstance(n, int) else self._rows() for n in value.shape]
+            options = {"dtype": value.dtype, "device": value.device}
+            memory = call(torch.ops.aten.empty_strided.default, (sizes, strides), options)
+            return call(torch.ops.aten.copy_.default, (memory, sent))
+        return call(torch.ops.aten.clone.default, (sent,)) if node in self._written else sent
+
+    def _strides(self, value: torch.Tensor) -> list[int | fx.Node] | None:
+        """Return strides, as numbers or multiples of the rows; None for expanded or odd ones."""
+        batch = self._captured.batch.node.expr
+        strides: list[int | fx.Node] = []
+        for stride in value.stride():
+            symbol = getattr(stride, "node", None)
+            factor = symbol.expr / batch if symbol else None
+            if stride == 0 or (factor is not None and not factor.is_Integer):
+                return None
+            call = self._graph.call_function
+            strides.append(
+                call(operator.mul, (self._rows(), int(factor))) if factor is not None else stride
+            )
+        return strides
