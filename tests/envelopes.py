@@ -53,6 +53,7 @@ def samples(draw: st.DrawFn) -> tuple[Sample, ...]:
                 draw(st.just(0) | UNIX_MS),
                 draw(st.dictionaries(TEXTS, TEXTS, max_size=2)),
                 draw(st.none() | st.builds(Failure, st.just("error"), TEXTS, TEXTS, TEXTS)),
+                draw(st.booleans()),
             )
         )
         end = offset + 1
@@ -87,6 +88,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
         draw(st.dictionaries(TEXTS, tensors(len(members)), max_size=3)),
         tuple(draw(st.lists(hops, max_size=2))),
         (draw(st.integers(0, parts - 1)), parts),
+        draw(WORDS),
     )
 
 

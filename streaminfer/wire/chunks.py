@@ -220,7 +220,7 @@ class Assembler(Generic[PositionT]):
             raise WireError(f"message of {len(buffer)} bytes: over the limit of {self.max_bytes}")
         covered = []
         for id_, other in source.sets.items():
-            if (other.origin.partition, other.origin.part) == (origin.partition, origin.part):
+            if _alike(other.origin, origin):
                 other.missing = _subtract(other.missing, origin.intervals())
                 if not other.missing:
                     covered.append(id_)
@@ -272,6 +272,11 @@ class Assembler(Generic[PositionT]):
             source.close(id_),
             oldest.origin,
         )
+
+
+def _alike(one: Origin, other: Origin) -> bool:
+    """Tell whether two micro-batches are of one kind, so that one may stand for the other."""
+    return (one.partition, one.part, one.sender) == (other.partition, other.part, other.sender)
 
 
 def _check_fit(current: _Set[PositionT], origin: Origin, chunk: Chunk, size: int) -> None:

@@ -11,11 +11,12 @@ An envelope of version 1 (integers little endian; `…` = zeros up to the next m
 The header is an array; what is marked with n is a column with one entry per sample, or empty where
 every sample has the default:
 
-    partition · digest (32 bytes) · incarnation · [part k, of n] · [[stage, queue, compute, batch]]
+    partition · digest (32 bytes) · incarnation · sender · [part k, of n]
+    [[stage, queue, compute, batch]]
     n gaps        start - end of the sample before; of the first sample: its start
     n spans       offset - start; no delta is negative, so offsets rise and intervals never overlap
     n ids · n keys · n timestamps (difference to the sample before) · n deadlines · n meta
-    n failures    nil or [status, stage, kind, message]
+    n failures    nil or [status, stage, kind, message] · n partials
     tensors       [[name, dtype, [dim…], codec, bytes as they travel]]
 
 A tensor is never copied: `encode` hands out its buffer, `decode` a view of the message. A reader

@@ -25,7 +25,7 @@ __all__ = [
     "to_columns",
 ]
 
-FIELDS = 14
+FIELDS = 16
 MAX_SAMPLES = 4096  # in an envelope
 MAX_TEXT = 4096  # characters of an id, a meta key or value, a name; a longer failure text is cut
 MAX_KEY = 65536  # bytes of a record's key
@@ -33,6 +33,7 @@ MAX_META = 64  # entries of a sample
 MAX_TENSORS = 256
 MAX_HOPS = 256
 MAX_INCARNATION = 64  # visible ASCII characters, for it stands in a record header too
+MAX_SENDER = 255  # the same; a stage's name with those around it
 INT64 = 2**63 - 1
 
 
@@ -47,6 +48,7 @@ def to_columns(envelope: Envelope) -> list[Any]:
             envelope.partition,
             digest if digest.hex() == envelope.digest else b"",
             envelope.incarnation,
+            envelope.sender,
             list(envelope.part),
             [list(hop) for hop in envelope.hops],
             [s.start - end for s, end in zip(samples, ends, strict=False)],
@@ -57,6 +59,7 @@ def to_columns(envelope: Envelope) -> list[Any]:
             _column([s.deadline_ms for s in samples], 0),
             _column([dict(s.meta) for s in samples], {}),
             _column([_failure_row(s.failure) for s in samples], None),
+            _column([s.partial for s in samples], False),
             [
                 [name, t.dtype, list(t.shape), t.codec, t.data.nbytes]
                 for name, t in envelope.tensors.items()
@@ -78,14 +81,14 @@ def _failure_row(failure: Failure | None) -> list[str] | None:
 
 def from_columns(columns: list[Any], tensors: dict[str, Tensor]) -> Envelope:
     """Build the envelope of columns that have been checked."""
-    partition, digest, incarnation, part, hops, gaps, spans, ids = columns[:8]
-    keys, times, deadlines, meta, failures = columns[8:13]
+    partition, digest, incarnation, sender, part, hops, gaps, spans, ids = columns[:9]
+    keys, times, deadlines, meta, failures, partials = columns[9:15]
     n = len(ids)
     # start of i = all gaps up to i + all spans before i + i
     steps = accumulate(gap + span + 1 for gap, span in zip(gaps, spans, strict=True))
     samples = tuple(
-        Sample(end - 1, end - 1 - span, id_, key, time, deadline, extra, failure)
-        for end, span, id_, key, time, deadline, extra, failure in zip(
+        Sample(end - 1, end - 1 - span, id_, key, time, deadline, extra, failure, partial)
+        for end, span, id_, key, time, deadline, extra, failure, partial in zip(
             steps,
             spans,
             ids,
@@ -94,6 +97,7 @@ def from_columns(columns: list[Any], tensors: dict[str, Tensor]) -> Envelope:
             deadlines or [0] * n,
             meta or [{} for _ in range(n)],
             [row and Failure(*row) for row in failures] or [None] * n,
+            partials or [False] * n,
             strict=True,
         )
     )
@@ -105,6 +109,7 @@ def from_columns(columns: list[Any], tensors: dict[str, Tensor]) -> Envelope:
         tensors,
         tuple(Hop(*hop) for hop in hops),
         (part[0], part[1]),
+        sender,
     )
 
 
@@ -112,8 +117,8 @@ def check_columns(columns: Any) -> None:
     """Raise WireError unless these are the columns of an envelope."""
     if type(columns) is not list or len(columns) != FIELDS:
         raise WireError(f"header is not a list of {FIELDS} fields")
-    partition, digest, incarnation, part, hops, gaps, spans, ids = columns[:8]
-    keys, times, deadlines, meta, failures, tensors = columns[8:]
+    partition, digest, incarnation, sender, part, hops, gaps, spans, ids = columns[:9]
+    keys, times, deadlines, meta, failures, partials, tensors = columns[9:]
     n = _check_list("ids", ids, str)
     if not 1 <= n <= MAX_SAMPLES:
         raise WireError(f"{n} samples, an envelope has 1 to {MAX_SAMPLES}")
@@ -122,6 +127,8 @@ def check_columns(columns: Any) -> None:
         raise WireError("digest is not 64 lower-case hexadecimal digits")
     if type(incarnation) is not str or not _is_word(incarnation):
         raise WireError(f"incarnation is not up to {MAX_INCARNATION} visible ASCII characters")
+    if type(sender) is not str or not _is_word(sender, MAX_SENDER):
+        raise WireError(f"sender is not up to {MAX_SENDER} visible ASCII characters")
     _check_part(part)
     _check_hops(hops)
     _check_texts("id", ids)
@@ -134,6 +141,8 @@ def check_columns(columns: Any) -> None:
         _check_ints("deadline", deadlines, 0, INT64)
     _check_meta(meta, n)
     _check_failures(failures, n)
+    if partials != []:
+        _check_list("partials", partials, bool, n)
     _check_tensor_rows(tensors)
     if any(row[2][:1] != [n] for row in tensors):
         raise WireError(f"a tensor whose dimension 0 is not the {n} samples of the envelope")
@@ -159,10 +168,8 @@ def _check_texts(name: str, values: list[str]) -> None:
         raise WireError(f"{name}: over {MAX_TEXT} characters")
 
 
-def _is_word(text: str) -> bool:
-    return (
-        len(text) <= MAX_INCARNATION and text.isascii() and text.isprintable() and " " not in text
-    )
+def _is_word(text: str, most: int = MAX_INCARNATION) -> bool:
+    return len(text) <= most and text.isascii() and text.isprintable() and " " not in text
 
 
 def _check_part(part: Any) -> None:

@@ -43,6 +43,7 @@ class Sample:
     deadline_ms: int = 0  # Unix time; 0 = none
     meta: Mapping[str, str] = field(default_factory=dict)  # si-meta-* and traceparent, returned
     failure: Failure | None = None
+    partial: bool = False  # not every branch of an ensemble answered
 
 
 class Hop(NamedTuple):
@@ -79,6 +80,7 @@ class Envelope:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     hops: tuple[Hop, ...] = ()
     part: tuple[int, int] = (0, 1)  # part k of n of the micro-batch
+    sender: str = ""  # whose output it is: a gather tells its parts by that
 
     @property
     def first(self) -> int:

@@ -6,6 +6,7 @@
     si-origin      <input partition>:<first>:<last>:<ingest incarnation>
     si-gaps        <from>-<to>,…   offsets in [first, last] that are none of its samples'; if any
     si-part        <k>:<n>         part k of n of the micro-batch; if n > 1
+    si-sender      whose output it is; if there is one
     si-chunk       <id>:<k>:<n>:<total bytes>:<crc32 hex>   chunk k of n of a message; if n > 1
 
 All numbers are decimal ASCII. Unknown headers are left alone, so that others may add theirs.
@@ -42,6 +43,7 @@ INT64 = 2**63 - 1
 
 _ORIGIN = re.compile(rb"(\d{1,10}):(\d{1,19}):(\d{1,19}):([!-~]{0,64})")
 _GAP = re.compile(rb"(\d{1,19})-(\d{1,19})")
+_SENDER = re.compile(rb"([!-~]{1,255})")
 _PART = re.compile(rb"(\d{1,4}):(\d{1,4})")
 _CHUNK = re.compile(rb"([!-9;-~]{1,64}):(\d{1,10}):(\d{1,10}):(\d{1,19}):([0-9a-f]{8})")
 
@@ -55,6 +57,7 @@ class Origin(NamedTuple):
     incarnation: str
     part: tuple[int, int] = (0, 1)
     gaps: tuple[tuple[int, int], ...] = ()  # [from, to] within [first, last], rising
+    sender: str = ""
 
     def intervals(self) -> Iterator[tuple[int, int]]:
         """Yield the [from, to] of offsets that it speaks for, rising."""
@@ -93,6 +96,8 @@ def headers(envelope: Envelope) -> Headers:
         found.append(("si-gaps", ",".join(gaps).encode()))
     if envelope.part[1] > 1:
         found.append(("si-part", b"%d:%d" % envelope.part))
+    if envelope.sender:
+        found.append(("si-sender", envelope.sender.encode()))
     return tuple(found)
 
 
@@ -115,7 +120,8 @@ def read_origin(fields: Mapping[str, bytes]) -> Origin:
             raise WireError(f"header si-part: no part {k} of {n}")
         part = (k, n)
     gaps = _read_gaps(fields["si-gaps"], first, last) if "si-gaps" in fields else ()
-    return Origin(partition, first, last, match[4].decode(), part, gaps)
+    sender = _match(_SENDER, fields, "si-sender", "a name")[1] if "si-sender" in fields else b""
+    return Origin(partition, first, last, match[4].decode(), part, gaps, sender.decode())
 
 
 def read_chunk(fields: Mapping[str, bytes]) -> Chunk | None:
