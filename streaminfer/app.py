@@ -11,23 +11,28 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from streaminfer.client import Client
-from streaminfer.errors import StreaminferError
+from streaminfer.errors import ConfigError, StreaminferError
 from streaminfer.metrics import Metrics
-from streaminfer.plan import Plan
+from streaminfer.plan import Plan, StagePlan
 from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes, Raw
 from streaminfer.runtime.sink import Order, watermark
 from streaminfer.runtime.steps import Step, chain
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
-from streaminfer.spec import BatchSpec, PipelineSpec
+from streaminfer.spec import PipelineSpec
+from streaminfer.spec.models import PartSpec, StageSpec
 from streaminfer.telemetry import serve
-from streaminfer.topology import SINK, Topology, WorkerSpec, build, topic_specs, window
+from streaminfer.topics import topic_specs, window
+from streaminfer.topology import SINK, Topology, WorkerSpec, build
 from streaminfer.transport import Admin, Consumer, Listener, Producer, TopicPartition, Transport
 from streaminfer.transport.memory import MemoryTransport
+
+if TYPE_CHECKING:
+    from streaminfer.runtime.gather import Patience
 
 __all__ = ["Deployment", "LocalPipeline", "run_worker"]
 
@@ -72,8 +77,7 @@ class Deployment:
         return Outbox(
             producer,
             metrics.stage(role.name),
-            target=role.target,
-            sink=self.topology.sink_topic,
+            role.routes,
             max_record_bytes=self.spec.kafka.max_record_bytes,
         )
 
@@ -89,42 +93,63 @@ class Deployment:
             stage,
             stop,
             limits=Limits(serial=True, commit_every=0.1),
-            upkeep=Upkeep(self._trimmer(admin)),
+            upkeep=Upkeep(self._trimmer(admin, role)),
         )
 
     def _stage(
         self, role: WorkerSpec, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
     ) -> Worker:
-        from streaminfer.runtime.compute import forward  # torch: only a worker that computes
-
-        batch = self.spec.batch_of(role.stages[0])
-        first = role.stages[0] == self.plan.stages[0].name
-        steps: list[Step] = [
-            forward(self.spec, self.plan, self.folder, stage, metrics.stage(stage))
-            for stage in role.stages
-        ]
-        limits = Limits(samples=self._inflight(role, batch), nbytes=self._budget())
+        step = self._compute(role, metrics)
+        limits = Limits(samples=self._inflight(role), nbytes=self._budget())
         stage = metrics.stage(role.name)
-        if not first:
+        if role.source != self.topology.input_topic:
             intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
             return Worker(
-                self._consume(role), intake, chain(*steps), outbox, stage, stop,
-                limits=limits, upkeep=Upkeep(self._trimmer(admin)),
+                self._consume(role), intake, step, outbox, stage, stop,
+                limits=limits, upkeep=Upkeep(self._trimmer(admin, role)),
             )  # fmt: skip
         flow = Window(window(self.spec, self.plan, self.partitions))
         metrics.window.labels(self.spec.pipeline).set(flow.size)
         return Worker(
             self._consume(role),
-            Raw(batch, flow),
-            chain(self._ingest(flow, metrics), *steps),
+            Raw(role.batch, flow),
+            chain(self._ingest(flow, metrics), step),
             outbox,
             stage,
             stop,
             limits=limits,
             upkeep=Upkeep(
-                None if self.history else self._trimmer(admin), (self._watch(admin, flow),)
+                None if self.history else self._trimmer(admin, role), (self._watch(admin, flow),)
             ),
         )
+
+    def _compute(self, role: WorkerSpec, metrics: Metrics) -> Step:
+        """Join the stages of a worker; the parts that come through its topic are gathered first."""
+        from streaminfer.runtime.compute import forward  # torch: only a worker that computes
+        from streaminfer.runtime.gather import Gather
+        from streaminfer.runtime.graph import Graph
+
+        stages = [self.plan.stage(name) for name in role.stages]
+        steps = {
+            s.name: forward(self.spec, self.plan, self.folder, s.name, metrics.stage(s.name))
+            for s in stages
+        }
+        waits = {stage.name: self._patience(stage) for stage in stages if len(stage.sources) > 1}
+        quorums = {name: p.quorum for name, p in waits.items() if p.quorum is not None}
+        first = stages[0]
+        made: Step = steps[first.name] if len(stages) == 1 else Graph(stages, steps, quorums)
+        if not role.gathers:
+            return made
+        return chain(Gather(first, waits[first.name], metrics.stage(first.name)), made)
+
+    def _patience(self, stage: StagePlan) -> Patience:
+        from streaminfer.runtime.gather import Patience
+
+        declared = self.spec.stage(stage.path)
+        if not isinstance(declared, PartSpec):
+            raise ConfigError(f"{stage.path!r} is a branch: it gathers nothing")
+        quorum = declared.quorum if isinstance(declared, StageSpec) else None
+        return Patience(declared.deadline, quorum, strict=quorum is not None)
 
     def _ingest(self, flow: Window, metrics: Metrics) -> Step:
         from streaminfer.runtime.ingest import Ingest
@@ -143,23 +168,21 @@ class Deployment:
     def _consume(self, role: WorkerSpec) -> Callable[[Listener], Consumer]:
         return lambda listener: self.transport.consumer([role.source], role.group, listener)
 
-    def _trimmer(self, admin: Admin) -> Trimmer:
+    def _trimmer(self, admin: Admin, role: WorkerSpec) -> Trimmer:
         kafka = self.spec.kafka
-        if self.history:
-            share = max(1, kafka.history_bytes // self.partitions)
-            return Trimmer(admin, kafka.history, share)
-        return Trimmer(admin, 0.0, 0)
+        share = max(1, kafka.history_bytes // self.partitions) if self.history else 0
+        return Trimmer(admin, kafka.history if self.history else 0.0, share, role.sharers)
 
-    def _inflight(self, role: WorkerSpec, batch: BatchSpec) -> int:
+    def _inflight(self, role: WorkerSpec) -> int:
         """Samples in hand: one batch received, one computed, one sent, and one per local edge."""
-        return batch.max * (3 + len(role.stages))
+        return role.batch.max * (3 + len(role.stages))
 
     def _budget(self) -> int:
         return max(self.spec.memory // 4, 16_000_000)
 
     def _message_bytes(self) -> int:
         """The largest message a stage may be sent: a batch of the widest edge, and its header."""
-        widest = max(sum(t.row_bytes() for t in stage.outputs) for stage in self.plan.stages)
+        widest = max(sum(t.row_bytes() for t in (*s.inputs, *s.outputs)) for s in self.plan.stages)
         return 64_000_000 + 1024 * widest
 
 

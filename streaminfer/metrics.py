@@ -38,6 +38,7 @@ class Metrics:
         self._count_things(stage)
         self._time_things(stage)
         self._gauge_things(stage)
+        self._watch_joins(stage)
         self._watch_sink()
         info = Info("streaminfer_build", "What runs here", registry=self.registry)
         info.info({"pipeline": pipeline, **facts})
@@ -112,6 +113,21 @@ class Metrics:
         )
         self.resident = self._gauge(
             "process_resident_bytes", "Resident memory of the worker", stage
+        )
+
+    def _watch_joins(self, stage: tuple[str, str]) -> None:
+        self.exits = self._counter("stage_exits", "Samples answered by the stage's exit", stage)
+        self.gather_held = self._gauge(
+            "gather_held_samples", "Samples that wait for parts of theirs", stage
+        )
+        self.gather_wait = self._histogram(
+            "gather_wait_seconds", "Time from a sample's first part to its last", stage, LATENCY
+        )
+        self.partial = self._counter(
+            "gather_partial_samples", "Samples that went on without some branches", stage
+        )
+        self.missing = self._counter(
+            "gather_missing_samples", "Samples whose part did not come in time", (*stage, "part")
         )
 
     def _watch_sink(self) -> None:
@@ -205,7 +221,15 @@ class StageMetrics:
         self.busy = {a: metrics.busy.labels(*labels, a) for a in ACTIVITIES}
         self.codec_time = {d: metrics.codec_time.labels(*labels, d) for d in ("decode", "encode")}
         self.record_size = {d: metrics.record_size.labels(*labels, d) for d in ("in", "out")}
+        self.exits = metrics.exits.labels(*labels)
         self._labels = labels
+
+    def start_gather(self, parts: Iterable[str]) -> None:
+        """Create the series of a gather at 0."""
+        self.gather_held = self.all.gather_held.labels(*self._labels)
+        self.gather_wait = self.all.gather_wait.labels(*self._labels)
+        self.partial = self.all.partial.labels(*self._labels)
+        self.missing = {p: self.all.missing.labels(*self._labels, p) for p in parts}
 
     def lag(self, topic: str, partition: int, records: int, seconds: float) -> None:
         """Say how far behind this worker is with one partition."""

@@ -4,6 +4,12 @@
     <plan>/<stage>/stage.json          the stage's graph: allow-listed ATen operators, nothing else
     <plan>/<stage>/stage.safetensors   the stage's own weights
 
+A plan is a graph of stages with one beginning and one end. What the user declared as one stage is
+one of them, or, where it is split or an ensemble, several:
+
+    stem ──▶ trunk.scatter ──▶ trunk.0 ──▶ trunk.gather ──▶ head
+                          └──▶ trunk.1 ──┘
+
 `planning/build.py` writes it; `digest` is the SHA-256 over everything in it that changes a number,
 and travels in every envelope.
 """
@@ -19,7 +25,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from streaminfer.errors import PlanError
 from streaminfer.spec import InputSpec
 
-__all__ = ["Edge", "Plan", "StagePlan", "TensorSpec", "stage_files"]
+__all__ = [
+    "PRESENT",
+    "Edge",
+    "Exit",
+    "Plan",
+    "Source",
+    "StagePlan",
+    "TensorSpec",
+    "exit_files",
+    "stage_files",
+]
 
 VERSION = 1
 ITEMSIZE = {
@@ -35,6 +51,9 @@ ITEMSIZE = {
     "BOOL": 1,
 }  # every dtype that may cross a cut, by safetensors' name
 CAST = {"native": None, "float16": "F16", "bfloat16": "BF16"}  # edge dtype → wire dtype of floats
+
+
+PRESENT = "present"  # input of a gather that does without some: F32 [rows, sources], 1 or 0
 
 
 class _Frozen(BaseModel):
@@ -65,15 +84,40 @@ class Edge(_Frozen):
     compress: Literal["none", "zstd", "lz4"] = "none"
 
 
+class Source(_Frozen):
+    """What a stage takes of another one."""
+
+    stage: str
+    tensors: tuple[str, ...]
+
+
+class Exit(_Frozen):
+    """A head behind a stage; rows whose best class has this share of its softmax leave there."""
+
+    threshold: float
+
+
 class StagePlan(_Frozen):
-    """One cut-out of the model's graph."""
+    """One cut-out of a model's graph, or what stands around the parts of a split one."""
 
     name: str
-    layers: tuple[str, ...]  # as the user knows them, first to last
+    path: str  # of the declared stage or branch that it is of
+    kind: Literal["stage", "scatter", "part", "gather"] = "stage"
+    part: int | None = None  # number of a part within its split
+    layers: tuple[str, ...] = ()  # as the user knows them, first to last
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sources: tuple[Source, ...] = ()  # none: the pipeline's input
+    gather: str = ""  # the gather that answers for samples that fail here; "": none, the sink
+    pixels: bool = False  # its first input comes as pixels, to be normalised here
+    exit: Exit | None = None
     edge: Edge = Edge()  # into this stage; the first stage's is unused
     weight_bytes: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether it only moves rows of any dtype: it cuts pixels before they are normalised."""
+        return self.kind == "scatter" and not self.pixels
 
 
 class Plan(_Frozen):
@@ -100,6 +144,23 @@ class Plan(_Frozen):
             f"no stage {name!r} in the plan",
             hint=f"stages are: {', '.join(s.name for s in self.stages)}",
         )
+
+    def consumers(self, name: str) -> list[tuple[StagePlan, tuple[str, ...]]]:
+        """Return the stages that take something of this one, and what."""
+        return [(s, o.tensors) for s in self.stages for o in s.sources if o.stage == name]
+
+    def voice(self, name: str) -> str:
+        """Return which source the gather around a stage takes it for: itself, or what follows.
+
+        "" where no gather is around.
+        """
+        gather = self.stage(name).gather
+        while gather:
+            following = [stage.name for stage, _ in self.consumers(name)]
+            if gather in following:
+                return name
+            name = following[0]
+        return ""
 
     def save(self, folder: Path) -> None:
         """Write plan.json, last of all and in one step: a folder with it is whole."""
@@ -129,3 +190,8 @@ class Plan(_Frozen):
 def stage_files(folder: Path, stage: str) -> tuple[Path, Path]:
     """Return where a stage's graph and weights are."""
     return folder / stage / "stage.json", folder / stage / "stage.safetensors"
+
+
+def exit_files(folder: Path, stage: str) -> tuple[Path, Path]:
+    """Return where the graph and the weights of a stage's exit are."""
+    return folder / stage / "exit.json", folder / stage / "exit.safetensors"

@@ -3,57 +3,61 @@
     images ─▶ [s0] ─ si.<name>.<digest8>.s1 ─▶ [s1] ─ si.<name>.sink ─▶ [sink] ─▶ predictions
 
 Stages joined by local edges are one worker. Inner topics belong to a plan (its digest is in their
-names), the sink to the pipeline, so that two plans of it can run side by side.
+names), the sink to the pipeline, so that two plans of it can run side by side. Parts that take the
+same tensors read one topic, each as a group of its own; all parts send to the topic of their
+gather, which runs in the worker of the stage behind it:
+
+    [stem] ─ …trunk ─▶ [trunk.0] ─┐
+                  └──▶ [trunk.1] ─┴─ …trunk.gather ─▶ [trunk.gather, head] ─▶ sink
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from streaminfer.errors import ConfigError, TopicError
-from streaminfer.plan import Plan
+from streaminfer.plan import Plan, StagePlan
 from streaminfer.spec import BatchSpec, PipelineSpec, did_you_mean
-from streaminfer.transport import TopicInfo, TopicSpec
+from streaminfer.transport import TopicInfo
 
-__all__ = [
-    "SINK",
-    "Difference",
-    "Topology",
-    "WorkerSpec",
-    "build",
-    "diff",
-    "topic_specs",
-    "window",
-]
+__all__ = ["SINK", "Route", "Routes", "Topology", "WorkerSpec", "build", "unequal"]
 
 SINK = "sink"
-HEADROOM = 64 * 1024  # bytes of a record beside its value: key, headers, framing
-MIB = 1 << 20
-LIMIT = "max.message.bytes"
-UNREAD_STAYS = {
-    "cleanup.policy": "delete",
-    "retention.ms": "-1",  # workers delete behind their commits; time must not take unread work
-    "retention.bytes": "-1",
-    "segment.bytes": str(64 * MIB),  # the disk comes back a segment at a time
-}
-MOST = 4096  # samples per partition: more than that only makes a restart longer
-ROW_OVERHEAD = 256  # bytes of a sample's header: id, key, offsets, meta
-ANSWER = 12  # bytes of one of the top k: a float32 score and an int64 index
+
+
+class Route(NamedTuple):
+    """Where a worker's outputs go; `tensors` () means all."""
+
+    topic: str
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Routes:
+    """All that a worker sends. `sender` and `voice` are who a gather takes it to be from."""
+
+    outputs: tuple[Route, ...]
+    outcomes: str  # topic for samples that failed: the gather's that answers for them, or the sink
+    sender: str = ""
+    voice: str = ""
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
     """One worker: what it runs, reads and feeds. `devices` has one for each of `stages`."""
 
-    name: str  # its first stage's, or "sink"
+    name: str
     stages: tuple[str, ...]  # joined by local edges; () for the sink
     source: str
-    target: str
     group: str
-    replicas: int
-    devices: tuple[str, ...]
+    routes: Routes
     batch: BatchSpec  # of its first stage
+    replicas: int = 1
+    devices: tuple[str, ...] = ()
+    gathers: bool = False  # its source has the parts of its first stage
+    sharers: tuple[str, ...] = ()  # other groups that read its source
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Topology:
 
     def inner_topics(self) -> tuple[str, ...]:
         """Return the topics between stages, in order; they belong to this plan alone."""
-        return tuple(worker.source for worker in self.workers[1:-1])
+        return tuple(dict.fromkeys(worker.source for worker in self.workers[1:-1]))
 
     def topics(self) -> tuple[str, ...]:
         """Return every topic of the road, in order."""
@@ -94,182 +98,125 @@ class Topology:
         partitions = existing[self.input_topic].partitions
         for name in (*self.inner_topics(), self.sink_topic):
             if existing[name].partitions != partitions:
-                raise TopicError(_unequal(name, existing[name].partitions, partitions))
+                raise TopicError(unequal(name, existing[name].partitions, partitions))
         if (answers := existing[self.output_topic].partitions) < partitions:
-            raise TopicError(_unequal(self.output_topic, answers, partitions))
+            raise TopicError(unequal(self.output_topic, answers, partitions))
         return partitions
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A topic that is not as it should be; `wanted.config` of one that exists is what differs."""
-
-    wanted: TopicSpec
-    found: TopicInfo | None = None  # None: missing
-    stale: Mapping[str, str | None] = field(default_factory=dict)  # config entries as they are
-
-    @property
-    def missing(self) -> bool:
-        """Whether there is no such topic."""
-        return self.found is None
-
-    @property
-    def fixable(self) -> bool:
-        """Whether creating or configuring mends it; partitions that are wrong stay wrong."""
-        return self.found is None or self.found.partitions == self.wanted.partitions
-
-    def to_json(self) -> dict[str, object]:
-        """Return it for programs, with the sentence for people."""
-        return {
-            "topic": self.wanted.name,
-            "missing": self.missing,
-            "fixable": self.fixable,
-            "partitions": {
-                "found": self.found.partitions if self.found else None,
-                "wanted": self.wanted.partitions,
-            },
-            "config": {
-                key: {"found": self.stale.get(key), "wanted": value}
-                for key, value in self.wanted.config.items()
-            },
-            "message": str(self),
-        }
-
-    def __str__(self) -> str:
-        if self.found is None:
-            return f"{self.wanted.name}: missing ({self.wanted.partitions} partitions)"
-        if not self.fixable:
-            return _unequal(self.wanted.name, self.found.partitions, self.wanted.partitions)
-        entries = (
-            f"{key} is {self.stale[key] or 'unset'}, should be {value}"
-            for key, value in self.wanted.config.items()
-        )
-        return f"{self.wanted.name}: {'; '.join(entries)}"
 
 
 def build(spec: PipelineSpec, plan: Plan) -> Topology:
     """Lay out the workers. Raises ConfigError if the plan was built from other stages."""
     _same_stages(spec, plan)
-    base = f"{spec.kafka.prefix}.{spec.pipeline}"
-    digest = plan.digest[:8]
-    sink_topic = f"{base}.{SINK}"
-    groups: list[list[str]] = []
-    for stage in spec.stages:
-        if groups and spec.edge(stage.name).transport == "local":
-            groups[-1].append(stage.name)
-        else:
-            groups.append([stage.name])
-    inner = [f"{base}.{digest}.{names[0]}" for names in groups[1:]]
-    sources = [spec.input.topic, *inner]
-    targets = [*inner, sink_topic]
-    readers = [f"{base}.ingest.{digest}", *inner]
-    workers = [
-        WorkerSpec(
-            name=names[0],
-            stages=tuple(names),
-            source=source,
-            target=target,
-            group=group,
-            replicas=spec.stage(names[0]).replicas,
-            devices=tuple(spec.stage(name).device for name in names),
-            batch=spec.batch_of(names[0]),
+    return _Layout(spec, plan).topology()
+
+
+class _Layout:
+    """One reading of a spec and its plan."""
+
+    def __init__(self, spec: PipelineSpec, plan: Plan) -> None:
+        self._spec, self._plan = spec, plan
+        self._base = f"{spec.kafka.prefix}.{spec.pipeline}"
+        self._inner = f"{self._base}.{plan.digest[:8]}"
+        self._sink = f"{self._base}.{SINK}"
+        self._groups: list[list[StagePlan]] = []
+        self._home: dict[str, list[StagePlan]] = {}
+        for stage in plan.stages:
+            if self._is_local(stage):
+                group = self._home[stage.sources[0].stage]
+            else:
+                group = []
+                self._groups.append(group)
+            group.append(stage)
+            self._home[stage.name] = group
+
+    def topology(self) -> Topology:
+        workers = [self._worker(group) for group in self._groups]
+        for at, worker in enumerate(workers):
+            others = tuple(
+                w.group for w in workers if w.source == worker.source and w is not worker
+            )
+            workers[at] = replace(worker, sharers=others)
+        target = Routes((Route(self._spec.output.topic),), self._spec.output.topic)
+        sink = WorkerSpec(SINK, (), self._sink, f"{self._base}.{SINK}", target, self._spec.batch)
+        return Topology(
+            pipeline=self._spec.pipeline,
+            digest=self._plan.digest,
+            input_topic=self._spec.input.topic,
+            sink_topic=self._sink,
+            output_topic=self._spec.output.topic,
+            workers=(*workers, sink),
         )
-        for names, source, target, group in zip(groups, sources, targets, readers, strict=True)
-    ]
-    sink = WorkerSpec(SINK, (), sink_topic, spec.output.topic, f"{base}.{SINK}", 1, (), spec.batch)
-    return Topology(
-        pipeline=spec.pipeline,
-        digest=plan.digest,
-        input_topic=spec.input.topic,
-        sink_topic=sink_topic,
-        output_topic=spec.output.topic,
-        workers=(*workers, sink),
-    )
 
+    def _is_local(self, stage: StagePlan) -> bool:
+        """Whether a stage runs in the worker of what it takes."""
+        if not stage.sources:
+            return False
+        before = self._plan.stage(stage.sources[0].stage)
+        if stage.kind == "scatter":
+            return True
+        if stage.kind == "stage" and before.kind == "gather" and self._is_remote(before):
+            return True  # the parts' outputs are what leads into it
+        return not self._is_remote(stage)
 
-def topic_specs(topology: Topology, spec: PipelineSpec, partitions: int) -> tuple[TopicSpec, ...]:
-    """Return all topics as they should be; `partitions` is what the input topic has or gets."""
-    chunks = str(max(MIB, spec.kafka.max_record_bytes) + HEADROOM)
-    config = {
-        topology.input_topic: {LIMIT: str(spec.input.max_bytes + HEADROOM)},
-        topology.output_topic: {},  # the user's: kept as long as the cluster keeps things
-    }
-    inner = UNREAD_STAYS | {LIMIT: chunks}
-    return tuple(TopicSpec(name, partitions, config.get(name, inner)) for name in topology.topics())
+    def _is_remote(self, stage: StagePlan) -> bool:
+        return self._spec.edge(stage.path).transport == "kafka"
 
+    def _worker(self, group: Sequence[StagePlan]) -> WorkerSpec:
+        first, last = group[0], group[-1]
+        real = next((stage for stage in group if stage.kind in ("stage", "part")), None)
+        name = real.name if real else first.name
+        root = not first.sources
+        return WorkerSpec(
+            name=name,
+            stages=tuple(stage.name for stage in group),
+            source=self._topic(first),
+            group=f"{self._base}.ingest.{self._plan.digest[:8]}"
+            if root
+            else f"{self._inner}.{name}",
+            routes=Routes(
+                self._outputs(last),
+                self._topic(self._plan.stage(first.gather)) if first.gather else self._sink,
+                sender=last.name if first.gather else "",
+                voice=self._plan.voice(first.name),
+            ),
+            replicas=self._spec.stage(real.path).replicas if real else 1,
+            devices=tuple(self._spec.stage(s.path).device_of(s.part) for s in group),
+            batch=self._spec.batch_of(first.path),
+            gathers=len(first.sources) > 1,
+        )
 
-def diff(specs: Sequence[TopicSpec], existing: Mapping[str, TopicInfo]) -> list[Difference]:
-    """Compare `topic_specs` with the topics that exist; at most one difference each.
-
-    More than needed is fine for `max.message.bytes` and for the partitions of the output topic,
-    which is the last one: a sample without a key is answered in its input partition's number.
-    """
-    found: list[Difference] = []
-    for spec in specs:
-        info = existing.get(spec.name)
-        if info is None:
-            found.append(Difference(spec))
-            continue
-        if spec is specs[-1] and info.partitions > spec.partitions:
-            spec = replace(spec, partitions=info.partitions)
-        wrong = {
-            key: value
-            for key, value in spec.config.items()
-            if not _suffices(key, info.config.get(key), value)
+    def _outputs(self, stage: StagePlan) -> tuple[Route, ...]:
+        """Return a route for every topic that takes something of the last stage of a worker."""
+        every = tuple(spec.name for spec in stage.outputs)
+        routes = {
+            Route(self._topic(taker), () if tensors == every else tensors): None
+            for taker, tensors in self._plan.consumers(stage.name)
         }
-        if wrong or info.partitions != spec.partitions:
-            stale = {key: info.config.get(key) for key in wrong}
-            found.append(Difference(replace(spec, config=wrong), info, stale))
-    return found
+        return tuple(routes) or (Route(self._sink),)
+
+    def _topic(self, first: StagePlan) -> str:
+        """Return the topic that the worker of this first stage reads."""
+        if not first.sources:
+            return self._spec.input.topic
+        if len(first.sources) == 1:
+            (source,) = first.sources
+            takers = self._plan.consumers(source.stage)
+            if len(takers) > 1 and len({tensors for _, tensors in takers}) == 1:
+                shared = first.path if first.kind == "part" else first.path.partition(".")[0]
+                return f"{self._inner}.{shared}"
+        return f"{self._inner}.{first.name}"
 
 
-def window(spec: PipelineSpec, plan: Plan, partitions: int) -> int:
-    """Return how many samples of one input partition may be in flight.
-
-    As many as `spec.memory` holds on the widest edge as it travels, shared by the partitions; at
-    least one micro-batch, at most 4096. Raises ConfigError if one micro-batch of every partition
-    is more than four times the memory.
-    """
-    widest = _widest_row(spec, plan)
-    batch = spec.batch_of(spec.stages[0].name).max
-    least = batch * partitions * widest
-    if least > 4 * spec.memory:
-        raise ConfigError(
-            f"one micro-batch of {batch} samples in each of {partitions} partitions is "
-            f"{least / 1e6:.0f} MB at {widest:,} bytes a sample; memory allows "
-            f"{spec.memory / 1e6:.0f} MB",
-            where="memory",
-            hint="a smaller batch.max, fewer partitions, a cut with less to carry, "
-            "edges with dtype float16, or more memory",
-        )
-    return max(batch, min(MOST, spec.memory // (partitions * widest)))
-
-
-def _widest_row(spec: PipelineSpec, plan: Plan) -> int:
-    rows = [
-        sum(tensor.row_bytes(stage.edge.dtype) for tensor in stage.inputs)
-        for stage in plan.stages[1:]
-        if spec.edge(stage.name).transport == "kafka"
-    ]
-    raw = sum(tensor.row_bytes() for tensor in plan.stages[-1].outputs)
-    return ROW_OVERHEAD + max([*rows, min(raw, ANSWER * plan.top_k) if plan.top_k else raw])
-
-
-def _suffices(key: str, have: str | None, want: str) -> bool:
-    if key == LIMIT and have is not None and have.isdecimal():
-        return int(have) >= int(want)
-    return have == want
-
-
-def _unequal(topic: str, have: int, want: int) -> str:
+def unequal(topic: str, have: int, want: int) -> str:
+    """Say that a topic has the wrong number of partitions."""
     return (
         f"{topic}: {have} partitions, should be {want}: samples would be lost or come out of order"
     )
 
 
 def _same_stages(spec: PipelineSpec, plan: Plan) -> None:
-    declared = [stage.name for stage in spec.stages]
-    planned = [stage.name for stage in plan.stages]
+    declared = [path for path in spec.placed() if _is_leaf(spec, path)]
+    planned = list(dict.fromkeys(s.path for s in plan.stages if s.kind in ("stage", "part")))
     if declared != planned or spec.pipeline != plan.pipeline:
         raise ConfigError(
             f"the plan is of {plan.pipeline} ({', '.join(planned)}), "
@@ -277,3 +224,8 @@ def _same_stages(spec: PipelineSpec, plan: Plan) -> None:
             where=str(spec.path or ""),
             hint="build it again: streaminfer build PIPELINE",
         )
+
+
+def _is_leaf(spec: PipelineSpec, path: str) -> bool:
+    """Whether what is declared there has layers of its own."""
+    return not any(other.startswith(f"{path}.") for other in spec.placed())

@@ -15,7 +15,8 @@ from streaminfer.commands.messages import files
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan
 from streaminfer.planning.source import ensure
-from streaminfer.topology import Difference, build, diff, topic_specs
+from streaminfer.topics import Difference, diff, topic_specs
+from streaminfer.topology import build
 
 if TYPE_CHECKING:
     from streaminfer.planning.cuts import CutRow
@@ -88,7 +89,7 @@ def cuts(model: str, example: str, kwargs: str, random_weights: bool) -> list[Cu
 
     if model.endswith((".yaml", ".yml")):
         spec = load(Path(model))
-        return list_cuts(spec.model, spec.path, random_weights=random_weights)
+        return list_cuts(spec.first_model, spec.path, random_weights=random_weights)
     try:
         shape = tuple(int(n) for n in example.split(","))
         options = json.loads(kwargs)

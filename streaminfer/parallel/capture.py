@@ -8,6 +8,7 @@ they can be, and every node knows the module it came from.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import operator
@@ -124,7 +125,7 @@ def _export(
             ) from error
         try:
             return torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
+                model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
             )
         except Exception as error:
             raise CaptureError(
@@ -138,13 +139,15 @@ def _is(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor)
 
 
-def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def mark(leaf: object) -> dict[int, object] | None:
         return {0: torch.export.Dim.AUTO} if _is(leaf) else None
 
-    # Without keywords a tuple will do, and argument names (which *args has not) are not needed.
-    positional = pytree.tree_map(mark, args)
-    return (positional, pytree.tree_map(mark, kwargs)) if kwargs else positional
+    if kwargs:
+        return pytree.tree_map(mark, args), pytree.tree_map(mark, kwargs)
+    # as torch sees them: what *args takes is one tuple
+    bound = inspect.signature(model.forward).bind(*args)
+    return pytree.tree_map(mark, tuple(bound.arguments.values()))
 
 
 @contextmanager

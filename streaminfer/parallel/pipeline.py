@@ -169,9 +169,10 @@ class Cutter:
     def split(self, cuts: Iterable[int]) -> list[StageGraph]:
         """Cut the graph; the stages in order. Every cut must be one of `legal`."""
         edges = [-1, *sorted(cuts), len(self.captured.nodes) - 1]
-        return [self._stage(first + 1, last) for first, last in pairwise(edges)]
+        return [self.stage(first + 1, last) for first, last in pairwise(edges)]
 
-    def _stage(self, first: int, last: int) -> StageGraph:
+    def stage(self, first: int, last: int) -> StageGraph:
+        """Cut out the nodes from `first` to `last`, both inclusive."""
         captured = self.captured
         inputs = self.live(first - 1) if first else list(captured.inputs)
         final = last == len(captured.nodes) - 1

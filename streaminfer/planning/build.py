@@ -14,11 +14,11 @@ from typing import cast
 
 from streaminfer.errors import ConfigError
 from streaminfer.parallel import Port, weights
-from streaminfer.parallel.capture import capture
-from streaminfer.parallel.pipeline import Cutter, StageGraph
+from streaminfer.parallel.pipeline import StageGraph
 from streaminfer.parallel.program import dump
-from streaminfer.plan import Edge, Plan, StagePlan, TensorSpec, stage_files
-from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.plan import Exit, Plan, StagePlan, TensorSpec, exit_files, stage_files
+from streaminfer.planning.factory import make_model
+from streaminfer.planning.lower import Cell, lower
 from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
 
@@ -34,25 +34,22 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
     """
     key = source_key(spec, random_weights)
     base = spec.path.parent if spec.path else None
-    model = make_model(spec.model, base, random_weights=random_weights)
-    cutter = Cutter(capture(model, (example_batch(spec.model),)))
-    stages = cutter.split(cutter.cuts([s.until for s in spec.stages if s.until is not None]))
-    labels = _labels(spec, _classes(spec, stages[-1].outputs))
+    cells = lower(spec, lambda model: make_model(model, base, random_weights=random_weights))
+    classes = _classes(spec, cells[-1].graph.outputs)
+    _same_classes(cells, classes)
+    labels = _labels(spec, classes)
     with _replacing(folder) as part:
         digest, plans = hashlib.sha256(_declared(spec)), []
-        for declared, stage in zip(spec.stages, stages, strict=True):
-            edge = spec.edge(declared.name)
-            plan = _write(
-                part, declared.name, stage, Edge(dtype=edge.dtype, compress=edge.compress)
-            )
-            digest.update(_digest(part, stage, plan))
+        for cell in cells:
+            plan = _write(part, cell)
+            digest.update(_digest(part, cell, plan))
             plans.append(plan)
         whole = Plan(
             pipeline=spec.pipeline,
             digest=digest.hexdigest(),
             source=key,
             model=spec.pipeline,
-            model_version="random" if random_weights else spec.model.version,
+            model_version="random" if random_weights else spec.first_model.version,
             input=spec.input,
             stages=tuple(plans),
             top_k=spec.output.top_k,
@@ -68,29 +65,57 @@ def _declared(spec: PipelineSpec) -> bytes:
     return json.dumps(numbers, sort_keys=True).encode()
 
 
-def _write(folder: Path, name: str, stage: StageGraph, edge: Edge) -> StagePlan:
-    graph, file = stage_files(folder, name)
-    graph.parent.mkdir()
-    graph.write_bytes(dump(stage))
+def _write(folder: Path, cell: Cell) -> StagePlan:
+    nbytes = _write_graph(stage_files(folder, cell.name), cell.graph)
+    if cell.exit is not None:
+        nbytes += _write_graph(exit_files(folder, cell.name), cell.exit)
     return StagePlan(
-        name=name,
-        layers=stage.layers,
-        inputs=_specs(stage.inputs),
-        outputs=_specs(stage.outputs),
-        edge=edge,
-        weight_bytes=weights.write(file, stage.weights),
+        name=cell.name,
+        path=cell.path,
+        kind=cell.kind,
+        part=cell.part,
+        layers=cell.graph.layers,
+        inputs=_specs(cell.graph.inputs),
+        outputs=_specs(cell.graph.outputs),
+        sources=cell.sources,
+        gather=cell.gather,
+        pixels=cell.pixels,
+        exit=Exit(threshold=cell.threshold) if cell.exit is not None else None,
+        edge=cell.edge,
+        weight_bytes=nbytes,
     )
+
+
+def _write_graph(files: tuple[Path, Path], stage: StageGraph) -> int:
+    graph, file = files
+    graph.parent.mkdir(exist_ok=True)
+    graph.write_bytes(dump(stage))
+    return weights.write(file, stage.weights)
 
 
 def _specs(ports: Sequence[Port]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
 
-def _digest(folder: Path, stage: StageGraph, plan: StagePlan) -> bytes:
+def _digest(folder: Path, cell: Cell, plan: StagePlan) -> bytes:
     """Return what changes the numbers of one stage."""
-    graph = hashlib.sha256(stage_files(folder, plan.name)[0].read_bytes()).hexdigest()
-    edge = json.dumps(plan.edge.model_dump(), sort_keys=True)
-    return f"\0{graph}\0{weights.digest(stage.weights)}\0{edge}".encode()
+    total = hashlib.sha256(plan.model_dump_json().encode())
+    total.update(stage_files(folder, plan.name)[0].read_bytes())
+    total.update(weights.digest(cell.graph.weights).encode())
+    if cell.exit is not None:
+        total.update(exit_files(folder, plan.name)[0].read_bytes())
+        total.update(weights.digest(cell.exit.weights).encode())
+    return total.digest()
+
+
+def _same_classes(cells: Sequence[Cell], classes: int | None) -> None:
+    for cell in cells:
+        if cell.exit is not None and (found := cell.exit.outputs[0].shape[1]) != classes:
+            raise ConfigError(
+                f"the exit of {cell.path!r} has {found} classes, the model "
+                f"{'no row of them' if classes is None else classes}",
+                where=f"stages.{cell.path}.exit",
+            )
 
 
 def _classes(spec: PipelineSpec, outputs: Sequence[Port]) -> int | None:

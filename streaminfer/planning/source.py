@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from streaminfer.errors import ConfigError, PlanError
 from streaminfer.plan import VERSION, Plan, stage_files
@@ -17,6 +18,12 @@ from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = ["ensure", "file_of_factory", "source_key"]
 
+PLACED = dict.fromkeys(("device", "replicas", "threads", "batch", "deadline"), True)
+PLACEMENT: Any = {
+    **PLACED,
+    "quorum": True,
+    "branches": {"__all__": {**PLACED, "stages": {"__all__": PLACED}}},
+}  # of a stage: what changes no number
 WHOLE_BYTES = 64_000_000  # a larger weights file is told by its size and time, not by its bytes
 
 
@@ -74,18 +81,30 @@ def source_key(spec: PipelineSpec, random_weights: bool = False) -> str:
 
 
 def _declared(spec: PipelineSpec, random_weights: bool) -> dict[str, object]:
-    edges = [spec.edge(stage.name) for stage in spec.stages]
     return {
         "plan": VERSION,
         "pipeline": spec.pipeline,
-        "model": spec.model.model_dump(mode="json"),
+        "models": [model.model_dump(mode="json") for model in _models(spec)],
         "input": spec.input.model_dump(mode="json"),
-        "stages": [(stage.name, stage.until) for stage in spec.stages],
-        "edges": [(edge.dtype, edge.compress) for edge in edges],
+        "stages": [stage.model_dump(mode="json", exclude=PLACEMENT) for stage in spec.stages],
+        "edges": {path: spec.edge(path).model_dump(mode="json") for path in spec.placed()},
         "output": (spec.output.top_k, spec.output.labels),
         "random_weights": random_weights,
-        "packages": _packages(spec.model),
+        "packages": sorted({text for model in _models(spec) for text in _packages(model)}),
     }
+
+
+def _models(spec: PipelineSpec) -> list[ModelSpec]:
+    """Return all models of a pipeline: its own, its branches', its exits', a module that fuses."""
+    found = [spec.model] if spec.model else []
+    for stage in spec.stages:
+        found += [branch.model for branch in stage.branches]
+        if stage.fuse not in ("mean", "max", "vote"):
+            found.append(ModelSpec(factory=stage.fuse, example=(1,)))
+        if stage.exit:
+            factory, files = stage.exit.factory, stage.exit.weights
+            found.append(ModelSpec(factory=factory, weights=files, example=(1,)))
+    return found
 
 
 def _packages(model: ModelSpec) -> list[str]:
@@ -111,11 +130,12 @@ def file_of_factory(factory: str) -> str | None:
 
 
 def _files(spec: PipelineSpec, random_weights: bool) -> Iterator[Path]:
-    if name := file_of_factory(spec.model.factory):
-        file = _existing(spec, name, "model.factory")
-        yield from sorted(file.parent.glob("*.py"))
-    if spec.model.weights and not random_weights:
-        yield _existing(spec, spec.model.weights, "model.weights")
+    for model in _models(spec):
+        if name := file_of_factory(model.factory):
+            file = _existing(spec, name, "model.factory")
+            yield from sorted(file.parent.glob("*.py"))
+        if model.weights and not random_weights:
+            yield _existing(spec, model.weights, "model.weights")
     labels = spec.output.labels
     if isinstance(labels, str) and labels != "imagenet":
         yield _existing(spec, labels, "output.labels")

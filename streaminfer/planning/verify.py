@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 
 from streaminfer.errors import PlanError
 from streaminfer.parallel import DTYPES, Program, check_inputs, load, weights
-from streaminfer.plan import CAST, Edge, Plan, stage_files
-from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.plan import CAST, PRESENT, Edge, Plan, StagePlan, exit_files, stage_files
+from streaminfer.planning.factory import example_batch
+from streaminfer.planning.reference import Whole, reference
 from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
 
@@ -27,6 +26,7 @@ ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 6
 # (ResNet-50 with random weights) standard deviations of the outputs. 32 leaves room for worse.
 HEADROOM = 32
+SUMS = 1e-6  # of the largest output: parts of a stage are summed in another order than the whole
 SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at other batch sizes
 
 
@@ -34,12 +34,12 @@ SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at oth
 class VerifyReport:
     """What `streaminfer verify` says."""
 
-    holds: bool  # all of: equal_uncast, max_abs within the tolerance, rows_independent
+    holds: bool  # max_abs within the tolerance, with native edges too, and rows_independent
     equal: bool  # bit for bit, at every batch size, as the workers compute
     equal_uncast: bool  # the same, were all edges native: the cut itself changes nothing
     max_abs: float
     max_rel: float  # max_abs over the largest absolute value of that output
-    tolerance: float  # absolute; 0 where every edge is native
+    tolerance: float  # absolute; 0 where no stage is split and every edge is native
     top1_agreement: float | None  # share of rows with the same largest output; None: no classes
     rows_independent: bool  # a row alone gives what it gives in a batch
     stages: int
@@ -61,8 +61,9 @@ def verify(
 ) -> VerifyReport:
     """Compare the stages of a plan directory with the whole model, on the CPU.
 
-    Native edges must give the same bits at the same batch size and number of threads. An edge of
-    16 bits rounds what crosses it; the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
+    Native edges must give the same bits at the same batch size and number of threads; where a
+    stage is split, within 1e-6 of the largest output. An edge of 16 bits rounds what crosses it;
+    the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
     for float16, 2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
 
     Args:
@@ -82,19 +83,17 @@ def verify(
             where=str(plan_folder),
             hint="build it again: streaminfer build PIPELINE",
         )
-    base = spec.path.parent if spec.path else None
-    model = make_model(spec.model, base, random_weights=plan.random_weights)
-    programs = [_load(plan_folder, stage.name) for stage in plan.stages]
+    model = reference(spec, random_weights=plan.random_weights)
+    programs = _Programs(plan, plan_folder)
     native = plan.model_copy(
         update={"stages": tuple(s.model_copy(update={"edge": Edge()}) for s in plan.stages)}
     )
     tally = _Tally()
     with torch.inference_mode(), _plain_attention():
         for batch in _batches(spec, images, batch_sizes):
-            whole = _outputs(model, batch)
-            tally.add(whole, _run(plan, programs, batch))
-            uncast = _run(native, programs, batch)
-            tally.equal_uncast &= all(map(torch.equal, whole, uncast))
+            whole = model(batch)
+            tally.add(whole, programs.run(plan, batch))
+            tally.add_uncast(whole, programs.run(native, batch))
             tally.check_rows(model, batch, whole)
     return _report(plan, tally, batch_sizes)
 
@@ -113,19 +112,10 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(value=before)
 
 
-def _load(folder: Path, stage: str) -> Program:
-    graph, file = stage_files(folder, stage)
-    try:
-        document = graph.read_bytes()
-    except OSError as error:
-        raise PlanError(f"cannot read a stage: {error}", where=str(graph)) from None
-    return load(document, weights.read(file))
-
-
 def _batches(
     spec: PipelineSpec, images: torch.Tensor | None, sizes: Sequence[int]
 ) -> Iterator[torch.Tensor]:
-    rows = example_batch(spec.model, max(sizes)) if images is None else images
+    rows = example_batch(spec.first_model, max(sizes)) if images is None else images
     for size in sizes:
         if size <= len(rows):
             yield rows[:size]
@@ -133,23 +123,50 @@ def _batches(
         yield rows[start : start + max(sizes)]
 
 
-def _outputs(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(model(batch))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+class _Programs:
+    """The stages of a plan directory, run in one process as workers run them."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self._stages = {s.name: _load(stage_files(folder, s.name)) for s in plan.stages}
+        exits = [s for s in plan.stages if s.exit is not None]
+        self._exits = {s.name: _load(exit_files(folder, s.name)) for s in exits}
+
+    def run(self, plan: Plan, batch: torch.Tensor) -> list[torch.Tensor]:
+        """Run all: cast for the edge, made contiguous, cast back, checked."""
+        made: dict[str, dict[str, torch.Tensor]] = {}
+        answers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for stage in plan.stages:
+            inputs = self._inputs(stage, made, batch)
+            check_inputs(stage.inputs, inputs)
+            values = self._stages[stage.name](*inputs)
+            made[stage.name] = dict(zip((s.name for s in stage.outputs), values, strict=True))
+            if stage.exit is not None:
+                (logits,) = self._exits[stage.name](*values)
+                sure = logits.float().softmax(1).amax(1) >= stage.exit.threshold
+                answers.append((sure, logits))
+        outputs = list(made[plan.stages[-1].name].values())
+        for sure, logits in reversed(answers):  # the first that is sure has the last word
+            outputs = [torch.where(sure[:, None], logits, outputs[0])]
+        return outputs
+
+    def _inputs(
+        self, stage: StagePlan, made: dict[str, dict[str, torch.Tensor]], batch: torch.Tensor
+    ) -> list[torch.Tensor]:
+        if not stage.sources:
+            return [batch.contiguous()]
+        given = {name: made[s.stage][name] for s in stage.sources for name in s.tensors}
+        given.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources)))
+        wire = CAST[stage.edge.dtype]
+        return [_across(given[port.name], wire, DTYPES[port.dtype]) for port in stage.inputs]
 
 
-def _run(plan: Plan, programs: Sequence[Program], batch: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Run all stages as workers do: cast for the edge, made contiguous, cast back, checked."""
-    tensors: Sequence[torch.Tensor] = [batch]
-    for stage, program in zip(plan.stages, programs, strict=True):
-        wire = CAST[stage.edge.dtype] if stage is not plan.stages[0] else None
-        tensors = [
-            _across(tensor, wire, DTYPES[port.dtype])
-            for tensor, port in zip(tensors, stage.inputs, strict=True)
-        ]
-        check_inputs(stage.inputs, tensors)
-        tensors = program(*tensors)
-    return tensors
+def _load(files: tuple[Path, Path]) -> Program:
+    graph, file = files
+    try:
+        document = graph.read_bytes()
+    except OSError as error:
+        raise PlanError(f"cannot read a stage: {error}", where=str(graph)) from None
+    return load(document, weights.read(file))
 
 
 def _across(tensor: torch.Tensor, wire: str | None, dtype: torch.dtype) -> torch.Tensor:
@@ -164,6 +181,7 @@ class _Tally:
     def __init__(self) -> None:
         self.equal, self.equal_uncast, self.rows_independent = True, True, True
         self.max_abs, self.max_rel, self.deviation = 0.0, 0.0, 0.0
+        self.max_uncast, self.largest = 0.0, 0.0
         self.samples, self.ranked, self.agreed = 0, 0, 0
 
     def add(self, whole: Sequence[torch.Tensor], cut: Sequence[torch.Tensor]) -> None:
@@ -178,12 +196,17 @@ class _Tally:
             self.ranked += len(whole[0])
             self.agreed += int((whole[0].argmax(1) == cut[0].argmax(1)).sum())
 
-    def check_rows(
-        self, model: nn.Module, batch: torch.Tensor, whole: Sequence[torch.Tensor]
-    ) -> None:
+    def add_uncast(self, whole: Sequence[torch.Tensor], cut: Sequence[torch.Tensor]) -> None:
+        """Compare as `add` does, with every edge native."""
+        self.equal_uncast &= all(map(torch.equal, whole, cut))
+        for a, b in zip(whole, cut, strict=True):
+            self.largest = max(self.largest, float(a.double().abs().nan_to_num(0, 0, 0).max()))
+            self.max_uncast = max(self.max_uncast, _gap(a, b))
+
+    def check_rows(self, model: Whole, batch: torch.Tensor, whole: Sequence[torch.Tensor]) -> None:
         """Compare the last row of a batch with that row alone: workers merge and split batches."""
         if len(batch) > 1:
-            alone = _outputs(model, batch[-1:])
+            alone = model(batch[-1:])
             self.rows_independent &= all(
                 _gap(a[-1:], b) <= SAME_ROW * _deviation(a)
                 for a, b in zip(whole, alone, strict=True)
@@ -198,14 +221,18 @@ def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _deviation(a: torch.Tensor) -> float:
-    return float(a.double().std()) if a.numel() > 1 else float(a.double().abs().max())
+    finite = a.double()[a.isfinite()]
+    if not finite.numel():
+        return 0.0
+    return float(finite.std()) if finite.numel() > 1 else float(finite.abs().max())
 
 
 def _report(plan: Plan, tally: _Tally, batch_sizes: Sequence[int]) -> VerifyReport:
-    rounding = sum(ROUNDING[stage.edge.dtype] for stage in plan.stages[1:])
-    tolerance = HEADROOM * rounding * tally.deviation
+    rounding = sum(ROUNDING[stage.edge.dtype] for stage in plan.stages if stage.sources)
+    sums = SUMS * tally.largest if any(s.kind == "gather" for s in plan.stages) else 0.0
+    tolerance = HEADROOM * rounding * tally.deviation + sums
     return VerifyReport(
-        holds=tally.equal_uncast and tally.max_abs <= tolerance and tally.rows_independent,
+        holds=tally.max_uncast <= sums and tally.max_abs <= tolerance and tally.rows_independent,
         equal=tally.equal,
         equal_uncast=tally.equal_uncast,
         max_abs=tally.max_abs,

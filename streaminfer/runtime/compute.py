@@ -12,8 +12,9 @@ from streaminfer.errors import ConfigError
 from streaminfer.metrics import StageMetrics
 from streaminfer.parallel import Program, load
 from streaminfer.parallel.weights import read
-from streaminfer.plan import Plan, stage_files
-from streaminfer.runtime.forward import Forward, Stage
+from streaminfer.plan import Edge, Plan, StagePlan, exit_files, stage_files
+from streaminfer.runtime.device import ExitHead, Outputs, Stage
+from streaminfer.runtime.forward import Forward
 from streaminfer.runtime.postprocess import normalise, top_k
 from streaminfer.spec import PipelineSpec
 
@@ -24,27 +25,42 @@ def forward(
     spec: PipelineSpec, plan: Plan, folder: Path, name: str, metrics: StageMetrics
 ) -> Forward:
     """Make the step of one stage; it loads when it starts. Raises ConfigError for its device."""
-    k = [stage.name for stage in plan.stages].index(name)
-    last = k == len(plan.stages) - 1
-    following = None if last else plan.stages[k + 1].edge
-    device = device_of(spec.stage(name).device)
-    stage = Stage(
-        plan=plan.stages[k],
-        load=lambda: _program(folder, name, device),
+    stage, placed = plan.stage(name), spec.stage(plan.stage(name).path)
+    device = device_of("cpu" if stage.kind == "scatter" else placed.device_of(stage.part))
+    takers = plan.consumers(name)
+    following = takers[0][0].edge if takers else Edge()
+    made = Stage(
+        plan=stage,
+        load=lambda: _program(stage_files(folder, name), device),
         device=device,
-        threads=spec.stage(name).threads or _share(spec),
-        batch=spec.batch_of(name),
-        out_dtype=following.dtype if following else "native",
-        compress=following.compress if following else "none",
-        before=normalise(plan.input, device) if k == 0 else None,
-        after=top_k(plan.top_k) if last and plan.top_k else None,
+        threads=placed.threads or _share(spec, plan),
+        batch=spec.batch_of(stage.path),
+        out_dtype=following.dtype,
+        compress=following.compress,
+        before=normalise(plan.input, device) if stage.pixels else None,
+        after=top_k(plan.top_k) if not takers and plan.top_k else None,
+        exit=_exit(plan, folder, stage, device),
     )
-    return Forward(stage, metrics)
+    return Forward(made, metrics)
 
 
-def _program(folder: Path, name: str, device: torch.device) -> Program:
-    graph, weights = stage_files(folder, name)
+def _program(files: tuple[Path, Path], device: torch.device) -> Program:
+    graph, weights = files
     return load(graph.read_bytes(), read(weights), device)
+
+
+def _exit(plan: Plan, folder: Path, stage: StagePlan, device: torch.device) -> ExitHead | None:
+    if stage.exit is None:
+        return None
+    name = plan.stages[-1].outputs[0].name
+    classes = top_k(plan.top_k) if plan.top_k else None
+
+    def answer(logits: torch.Tensor) -> Outputs:
+        return classes({name: logits}) if classes else {name: logits}
+
+    return ExitHead(
+        lambda: _program(exit_files(folder, stage.name), device), stage.exit.threshold, answer
+    )
 
 
 def device_of(text: str) -> torch.device:
@@ -64,10 +80,11 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def _share(spec: PipelineSpec) -> int:
-    """Threads of a CPU stage: the machine's cores shared by all the pipeline's CPU workers."""
+def _share(spec: PipelineSpec, plan: Plan) -> int:
+    """Threads of a CPU stage: the machine's cores shared by all that computes on them."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    workers = sum(stage.replicas for stage in spec.stages if stage.device == "cpu")
-    return max(1, cores // max(1, workers))
+    placed = [(s, spec.stage(s.path)) for s in plan.stages if s.kind in ("stage", "part")]
+    busy = sum(p.replicas for s, p in placed if p.device_of(s.part) == "cpu")
+    return max(1, cores // max(1, busy))

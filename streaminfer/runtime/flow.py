@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from streaminfer.transport import Admin, Commit, TopicPartition
@@ -195,16 +195,20 @@ class WindowWatch(Watch):
 
 
 class Trimmer:
-    """Deletes inner records behind the commit, but for `history` seconds or bytes of them."""
+    """Deletes inner records behind the commit, but for `history` seconds or bytes of them.
+
+    `sharers` are other groups that read the same topic: what they have not read stays.
+    """
 
     def __init__(
         self,
         admin: Admin,
         history: float,
         history_bytes: int,
+        sharers: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._admin, self._clock = admin, clock
+        self._admin, self._sharers, self._clock = admin, sharers, clock
         self._history, self._history_bytes = history, history_bytes
         self._marks: dict[TopicPartition, deque[tuple[float, int, int]]] = {}
         self._received: dict[TopicPartition, int] = {}
@@ -224,8 +228,19 @@ class Trimmer:
                 now - marks[0][0] >= self._history or total - marks[0][1] >= self._history_bytes
             ):
                 due[tp] = marks.popleft()[2]
-        if due:
+        if due := await self._read_by_all(due):
             await self._admin.trim(due)
+
+    async def _read_by_all(self, due: dict[TopicPartition, int]) -> dict[TopicPartition, int]:
+        """Hold back what another group of the topic has not read yet."""
+        for group in self._sharers if due else ():
+            theirs = await self._admin.committed(group, list(due))
+            due = {
+                tp: min(offset, commit.offset)
+                for tp, offset in due.items()
+                if (commit := theirs.get(tp)) is not None
+            }
+        return due
 
     def forget(self, partitions: Collection[TopicPartition]) -> None:
         """Drop partitions that are somebody else's now."""

@@ -23,7 +23,7 @@ from streaminfer.metrics import StageMetrics
 from streaminfer.plan import Plan
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.flow import Window
-from streaminfer.runtime.steps import Item, Result, Settled
+from streaminfer.runtime.steps import Item, Plain, Result, Settled
 from streaminfer.transport import Record, TopicPartition
 from streaminfer.wire import (
     MAX_KEY,
@@ -53,7 +53,7 @@ def chain_at(offset: int) -> str:
     return json.dumps({"from": offset})
 
 
-class Ingest:
+class Ingest(Plain):
     """Decodes input records in a thread pool; what fails is an outcome, never an exception."""
 
     def __init__(
@@ -71,9 +71,6 @@ class Ingest:
         self._chain: dict[TopicPartition, int] = {}
         self._incarnation = os.urandom(4).hex()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    async def start(self) -> None:
-        """Nothing to load."""
 
     async def stop(self) -> None:
         """Let the decoders end."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from streaminfer.metrics import StageMetrics
 from streaminfer.runtime.steps import Result
+from streaminfer.topology import Routes
 from streaminfer.transport import Outgoing, Position, Producer
 from streaminfer.wire import Envelope, records
 
@@ -19,19 +21,18 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Where a worker's results leave: outputs to the next stage, outcomes to the sink."""
+    """Where a worker's results leave: outputs by their routes, outcomes to who answers for them."""
 
     def __init__(
         self,
         producer: Producer,
         metrics: StageMetrics,
+        routes: Routes,
         *,
-        target: str,
-        sink: str,
         max_record_bytes: int = 900_000,
     ) -> None:
         self._producer, self._metrics = producer, metrics
-        self._target, self._sink, self._max_bytes = target, sink, max_record_bytes
+        self._routes, self._max_bytes = routes, max_record_bytes
         self._sender = asyncio.Lock()  # one sender at a time keeps the order within a partition
 
     async def publish(self, result: Result) -> None:
@@ -41,17 +42,20 @@ class Outbox:
         """
         began = time.perf_counter()
         outgoing = [*result.answers]
-        for topic, envelopes in ((self._target, result.outputs), (self._sink, result.outcomes)):
-            for envelope in envelopes:
-                outgoing += self._records(topic, envelope)
+        for envelope in result.outputs:
+            for topic, tensors in self._routes.outputs:
+                kept = {name: envelope.tensors[name] for name in tensors or envelope.tensors}
+                sent = replace(envelope, tensors=kept, sender=self._routes.sender)
+                outgoing += self._records(topic, sent)
+        for envelope in result.outcomes:
+            sent = replace(envelope, sender=self._routes.voice)
+            outgoing += self._records(self._routes.outcomes, sent)
         acks: list[asyncio.Future[Position]] = []
         async with self._sender:
             acks += [await self._producer.send(record) for record in outgoing]
         await asyncio.gather(*acks)
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
         self._count(outgoing)
-        if result.acked is not None:
-            result.acked()
 
     def _records(self, topic: str, envelope: Envelope) -> list[Outgoing]:
         """Encode an envelope; its records go to the origin's partition, in order."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
-from streaminfer.runtime.steps import Item, Result, Settled
+from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
 from streaminfer.transport import Headers, Outgoing, TopicPartition
 from streaminfer.wire import Envelope, Failure, Hop, Sample, Tensor
 
@@ -70,7 +70,7 @@ class _Lane:
     heap: list[_Waiting] = field(default_factory=list)
 
 
-class Order:
+class Order(Plain):
     """Restores order per input partition, drops what comes again, writes the answers."""
 
     def __init__(
@@ -88,12 +88,6 @@ class Order:
         self._count = 0
         metrics.start_sink()
         self._stage = metrics.stage("sink")
-
-    async def start(self) -> None:
-        """Nothing to load."""
-
-    async def stop(self) -> None:
-        """Nothing to free."""
 
     async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
         """Go on from the watermark in the note of the last commit."""
@@ -209,7 +203,7 @@ class Order:
                 "version": self._plan.model_version,
                 "digest": self._plan.digest[:8],
             },
-            "partial": False,
+            "partial": sample.partial,
             "timing": {
                 "e2e_ms": round(max(0.0, now * 1000 - sample.timestamp_ms), 2),
                 "stages": [_hop(hop) for hop in envelope.hops],
@@ -247,13 +241,14 @@ class Order:
             ]
         }
 
-    def _observe(self, times: Sequence[int]) -> None:
+    def _observe(self, times: Sequence[int]) -> Acked:
         now_ms = self._clock() * 1000
         e2e = self._metrics.e2e.labels(self._plan.pipeline)
         for sent in times:
             if sent > now_ms:
                 self._metrics.clock_skew.labels(self._plan.pipeline).inc()
             e2e.observe(max(0.0, now_ms - sent) / 1000)
+        return Acked()
 
 
 def _rows(tensor: Tensor) -> Any:

@@ -1,7 +1,8 @@
 """The one shape that everything a worker does has: a Step from items to a Result.
 
-first stage  chain(ingest, forward)       local edge  chain(forward_0, forward_1)
-inner stage  forward                      sink        order
+first stage  chain(ingest, forward)       local edges  Graph of forwards
+inner stage  forward                      sink         order
+behind parts chain(gather, forward)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple, Protocol
 from streaminfer.transport import Outgoing, Position, Record, TopicPartition
 from streaminfer.wire import Envelope
 
-__all__ = ["Chain", "Item", "Result", "Settled", "Step", "chain"]
+__all__ = ["Acked", "Chain", "Item", "Plain", "Result", "Settled", "Step", "chain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,13 @@ class Item:
         return len(self.envelope.samples) if self.envelope else len(self.records)
 
 
+class Acked(NamedTuple):
+    """What is done with once a result is acked, and could not be told before."""
+
+    settled: Sequence[Settled] = ()
+    notes: Mapping[TopicPartition, str] = {}
+
+
 class Settled(NamedTuple):
     """A record that is done with; `note` is what a commit says whose prefix ends with it."""
 
@@ -51,7 +59,7 @@ class Result:
     `outputs` go to the next step of a chain, or to the outbox, which routes and encodes them.
     `settled` may be committed once `outputs` and `answers` are acked; `notes` say, per partition,
     what the next commit is to say whatever its prefix (the sink's watermark). `acked` is called
-    once everything is acked.
+    once everything is acked, and may settle more.
     """
 
     outputs: tuple[Envelope, ...] = ()  # to the next stage
@@ -59,7 +67,11 @@ class Result:
     answers: tuple[Outgoing, ...] = ()  # records ready to be sent
     settled: tuple[Settled, ...] = ()
     notes: Mapping[TopicPartition, str] = field(default_factory=dict)
-    acked: Callable[[], None] | None = None
+    acked: Callable[[], Acked] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.outputs or self.outcomes or self.answers or self.settled or self.notes)
 
 
 class Step(Protocol):
@@ -71,6 +83,12 @@ class Step(Protocol):
     async def __call__(self, items: Sequence[Item]) -> Result:
         """Do the work. What a sample is to blame for is an outcome, never an exception."""
 
+    def due(self) -> float | None:
+        """Seconds until `tick` has something to do (a gather's deadline); None: nothing waits."""
+
+    async def tick(self) -> Result:
+        """Do what is due."""
+
     async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
         """Own these now; the value is the note of the last commit ("" if there was none)."""
 
@@ -79,6 +97,30 @@ class Step(Protocol):
 
     async def stop(self) -> None:
         """Free everything."""
+
+
+class Plain:
+    """What most steps have in common: they hold nothing per partition and wait for nothing."""
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def stop(self) -> None:
+        """Nothing to free."""
+
+    def due(self) -> float | None:
+        """Nothing waits."""
+        return None
+
+    async def tick(self) -> Result:
+        """Nothing is due."""
+        return Result()
+
+    async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
+        """Nothing is held per partition."""
+
+    async def forget(self, partitions: Collection[TopicPartition]) -> None:
+        """Nothing is held per partition."""
 
 
 class Chain:
@@ -94,7 +136,9 @@ class Chain:
 
     async def __call__(self, items: Sequence[Item]) -> Result:
         """Run the second on what the first gave; failures of both go on."""
-        head = await self.first(items)
+        return await self._rest(await self.first(items))
+
+    async def _rest(self, head: Result) -> Result:
         if not head.outputs:
             return head
         now = time.time()
@@ -108,6 +152,15 @@ class Chain:
             outcomes=head.outcomes + tail.outcomes,
             answers=head.answers + tail.answers,
         )
+
+    def due(self) -> float | None:
+        """Seconds until either has something to do."""
+        waits = [due for due in (self.first.due(), self.second.due()) if due is not None]
+        return min(waits, default=None)
+
+    async def tick(self) -> Result:
+        """Do what is due in the first; the second one's steps wait for nothing."""
+        return await self._rest(await self.first.tick())
 
     async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
         """Tell both."""

@@ -22,7 +22,7 @@ from streaminfer.metrics import StageMetrics
 from streaminfer.runtime.flow import Budget, Trimmer, Watch
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Intake
-from streaminfer.runtime.steps import Item, Settled, Step
+from streaminfer.runtime.steps import Item, Result, Settled, Step
 from streaminfer.runtime.tracker import Tracker
 from streaminfer.transport import Commit, Consumer, Listener, Record, TopicPartition
 
@@ -155,12 +155,16 @@ class Worker(Listener):
         self._budget.take(nbytes, samples)
         self._metrics.inflight.inc(samples)
         try:
-            result = await self._step(items)
-            await self._persist(lambda: self._outbox.publish(result))
-            self._tracker.settle(result.settled, result.notes)
+            await self._finish(await self._step(items))
         finally:
             self._budget.give(nbytes, samples)
             self._metrics.inflight.dec(samples)
+
+    async def _finish(self, result: Result) -> None:
+        await self._persist(lambda: self._outbox.publish(result))
+        self._tracker.settle(result.settled, result.notes)
+        if result.acked is not None:
+            self._tracker.settle(*result.acked())
 
     async def _persist(self, publish: Callable[[], Awaitable[None]]) -> None:
         """Publish until it is acked: what is lost here would be lost for good."""
@@ -238,8 +242,24 @@ class Worker(Listener):
         async with asyncio.TaskGroup() as group:
             group.create_task(self._every(self._limits.commit_every, self._commit))
             group.create_task(self._every(1.0, self._report))
+            group.create_task(self._tick())
             for watch in self._watches:
                 group.create_task(self._every(watch.every, watch.look))
+
+    async def _tick(self) -> None:
+        """Let the step do what waits for time alone."""
+        while True:
+            due = self._step.due()
+            await asyncio.sleep(0.5 if due is None else min(due, 0.5))
+            if due is not None and due <= 0.5:
+                call = asyncio.create_task(self._ticked())
+                self._calls.add(call)
+                call.add_done_callback(self._ended)
+                await asyncio.wait([call])
+
+    async def _ticked(self) -> None:
+        if result := await self._step.tick():
+            await self._finish(result)
 
     async def _every(self, seconds: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -6,13 +6,20 @@ A check yields `Problem`s: the path of the key to blame, so that the loader can 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from streaminfer.spec.models import InputSpec, KafkaSpec, PipelineSpec
+    from streaminfer.spec.models import (
+        InputSpec,
+        KafkaSpec,
+        PartSpec,
+        PipelineSpec,
+        SplitSpec,
+        StageSpec,
+    )
 
 __all__ = [
     "Problem",
@@ -20,9 +27,11 @@ __all__ = [
     "did_you_mean",
     "edge_problems",
     "example_problems",
+    "fan_problems",
     "input_problems",
     "nearest",
     "refuse",
+    "split_problems",
     "stage_problems",
     "topic_problems",
 ]
@@ -58,54 +67,153 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def stage_problems(spec: PipelineSpec) -> Iterator[Problem]:
-    """Stages have names of their own, and all but the last one an end."""
-    last = len(spec.stages) - 1
-    names: set[str] = set()
-    untils: set[str] = set()
+    """Stages have names of their own, and all but the last one of a model an end."""
     for i, stage in enumerate(spec.stages):
         if stage.name in RESERVED:
             yield Problem(("stages", i, "name"), f"{stage.name!r} is reserved", "choose another")
+    yield from _road_problems(("stages",), spec.stages)
+    for i, stage in enumerate(spec.stages):
+        for k, branch in enumerate(stage.branches):
+            if branch.stages:
+                yield from _road_problems(("stages", i, "branches", k, "stages"), branch.stages)
+
+
+def _road_problems(
+    where: tuple[str | int, ...], stages: Sequence[PartSpec | StageSpec]
+) -> Iterator[Problem]:
+    """Check the stages of one model; an ensemble is not of it."""
+    layered = [stage for stage in stages if not getattr(stage, "branches", ())]
+    names: set[str] = set()
+    untils: set[str] = set()
+    for i, stage in enumerate(stages):
+        key = (*where, i, "until")
         if stage.name in names:
-            yield Problem(("stages", i, "name"), f"two stages are called {stage.name!r}")
+            yield Problem((*where, i, "name"), f"two stages are called {stage.name!r}")
         names.add(stage.name)
-        if i < last and stage.until is None:
-            yield Problem(
-                ("stages", i, "until"), "is missing", f"the last layer of stage {stage.name!r}"
-            )
-        elif i == last and stage.until is not None:
-            yield Problem(
-                ("stages", i, "until"), "the last stage goes to the model's end", "leave it out"
-            )
+        if stage not in layered:
+            continue
+        if stage is not layered[-1] and stage.until is None:
+            yield Problem(key, "is missing", f"the last layer of stage {stage.name!r}")
+        elif stage is layered[-1] and stage.until is not None:
+            yield Problem(key, "the last stage goes to the model's end", "leave it out")
         elif stage.until is not None and stage.until in untils:
-            yield Problem(("stages", i, "until"), f"another stage ends at {stage.until!r}")
+            yield Problem(key, f"another stage ends at {stage.until!r}")
         untils.add(stage.until or "")
+
+
+def split_problems(spec: SplitSpec) -> Iterator[Problem]:
+    """Channels have parts, tiles have a grid."""
+    other, own = ("grid", "parts") if spec.by == "channels" else ("parts", "grid")
+    if getattr(spec, own) is None:
+        example = "parts: 2" if own == "parts" else "grid: [2, 2]"
+        yield Problem((own,), "is missing", f"by: {spec.by} needs {example}")
+    if getattr(spec, other) is not None:
+        yield Problem((other,), f"is not for by: {spec.by}", f"drop it; {own} says how many")
+    if spec.by == "channels" and spec.reduce != "exact":
+        yield Problem(("reduce",), "is for tiles: shards of channels are always exact", "drop it")
+    if spec.by == "tiles" and spec.form != "auto":
+        yield Problem(("form",), "is for by: channels", "drop it")
+    if spec.grid and not 2 <= spec.grid[0] * spec.grid[1] <= 64:
+        yield Problem(("grid",), f"{spec.grid[0]} x {spec.grid[1]} tiles", "2 to 64 tiles")
+
+
+def fan_problems(spec: PipelineSpec) -> Iterator[Problem]:
+    """What runs side by side: branches are the last stage, parts have their devices."""
+    last = len(spec.stages) - 1
+    for i, stage in enumerate(spec.stages):
+        where = ("stages", i)
+        if stage.branches:
+            yield from _branch_problems(where, stage, is_last=i == last)
+        elif stage.quorum is not None or stage.fuse != "mean":
+            key = "quorum" if stage.quorum is not None else "fuse"
+            yield Problem((*where, key), "is for a stage with branches", "drop it")
+        yield from _part_problems(where, stage)
+        for k, branch in enumerate(stage.branches):
+            for j, part in enumerate(branch.stages):
+                yield from _part_problems((*where, "branches", k, "stages", j), part)
+    if spec.model is None and not (last == 0 and spec.stages[0].branches):
+        yield Problem(("model",), "is missing", "the model whose layers the stages are")
+
+
+def _branch_problems(
+    where: tuple[str | int, ...], stage: StageSpec, *, is_last: bool
+) -> Iterator[Problem]:
+    names = [branch.name for branch in stage.branches]
+    if not is_last:
+        yield Problem((*where, "branches"), "only the last stage may have branches", "move it")
+    if len(names) < 2:
+        yield Problem((*where, "branches"), "one branch is no ensemble", "two or more")
+    if twice := {name for name in names if names.count(name) > 1}:
+        yield Problem((*where, "branches"), f"two branches are called {min(twice)!r}")
+    for key in ("until", "split", "exit"):
+        if getattr(stage, key) is not None:
+            yield Problem((*where, key), "a stage with branches has no layers", f"drop {key}")
+    if stage.quorum is not None and stage.quorum > len(names):
+        yield Problem(
+            (*where, "quorum"), f"{stage.quorum} of {len(names)} branches", f"at most {len(names)}"
+        )
+    if stage.fuse not in ("mean", "max", "vote") and (stage.quorum or len(names)) < len(names):
+        hint = "leave quorum out, or fuse: mean, max or vote"
+        yield Problem((*where, "quorum"), "a module of yours needs the outputs of all", hint)
+
+
+def _part_problems(where: tuple[str | int, ...], stage: PartSpec) -> Iterator[Problem]:
+    count = stage.split.count if stage.split else 1
+    if not isinstance(stage.device, str) and len(stage.device) != count:
+        yield Problem(
+            (*where, "device"),
+            f"{len(stage.device)} devices for {count} part(s)",
+            "one for each, or one for all",
+        )
+    if stage.split and stage.exit:
+        yield Problem((*where, "exit"), "a split stage has no exit", "put it on the stage before")
 
 
 def edge_problems(spec: PipelineSpec) -> Iterator[Problem]:
     """Edges lead into stages, and what a local edge joins is one worker."""
-    names = [stage.name for stage in spec.stages]
+    known = {path for path in spec.placed() if path.count(".") != 1}  # a branch has its stage's
+    first = spec.stages[0]
     for key in spec.edges:
-        if key == names[0]:
+        if key == first.name and not first.fans:
             yield Problem(
                 ("edges", key), "the first stage has no edge: it reads the input topic", "drop it"
             )
-        elif key != "default" and key not in names:
-            hint = did_you_mean(key, ["default", *names[1:]])
+        elif key != "default" and key not in known:
+            hint = did_you_mean(key, ["default", *sorted(known - {first.name})])
             yield Problem(("edges", key), f"no stage is called {key!r}", hint)
-    if len(set(names)) < len(names):
+    if len({stage.name for stage in spec.stages}) < len(spec.stages):
         return
     for i, (before, stage) in enumerate(zip(spec.stages, spec.stages[1:], strict=False), 1):
-        if spec.edge(stage.name).transport == "local" and stage.replicas != before.replicas:
+        if spec.edge(stage.name).transport != "local":
+            continue
+        if stage.replicas != before.replicas:
             yield Problem(
                 ("stages", i, "replicas"),
                 f"{stage.replicas}, but {before.name!r} in the same worker has {before.replicas}",
                 "stages joined by a local edge run together: give them the same number",
             )
+    for stage in spec.stages:
+        for branch in stage.branches:
+            yield from _branch_edges(spec, f"{stage.name}.{branch.name}", branch.stages)
+
+
+def _branch_edges(spec: PipelineSpec, path: str, stages: Sequence[PartSpec]) -> Iterator[Problem]:
+    local = spec.edge(path).transport == "local"
+    for stage in stages[1:]:
+        key = f"{path}.{stage.name}"
+        if local and spec.edge(key).transport != "local":
+            yield Problem(
+                ("edges", key),
+                f"kafka within {path!r}, whose branches share a worker",
+                "transport: local here, or kafka into the branches",
+            )
 
 
 def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
     """The example is what the input gives."""
-    shape, crop = spec.model.example, spec.input.crop
+    if spec.model is None and not spec.stages[0].branches:
+        return
+    shape, crop = spec.first_model.example, spec.input.crop
     if spec.input.decode == "tensor":
         return
     if len(shape) != 3 or shape[0] != spec.input.channels:

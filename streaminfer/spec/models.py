@@ -1,6 +1,7 @@
 """The pipeline file as frozen pydantic models.
 
 PipelineSpec: model, input, batch, stages[], edges{}, output, kafka, delivery, memory, metrics
+StageSpec:    layers on a device; split in parts, or branches that are fused; an exit
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from streaminfer.spec import checks
 from streaminfer.spec.checks import Problem, did_you_mean, refuse
 from streaminfer.spec.units import (
     Channels,
-    Device,
+    Devices,
     Duration,
     Factory,
     FileName,
@@ -122,15 +123,88 @@ class BatchSpec(_Frozen):
     wait: Duration = 0.004
 
 
-class StageSpec(_Frozen):
-    """Consecutive layers on one device; `until` is the last one, inclusive."""
+class SplitSpec(_Frozen):
+    """A stage as parts that run side by side and are joined by one gather.
+
+    channels: `parts` shards of the layers' channels; form `in` splits the first layer by its input
+    channels, so that each part is sent its own only. tiles: `grid` rows and columns of the image;
+    `reduce` exact gives the whole's numbers, the others take each tile for an image of its own.
+    """
+
+    by: Literal["channels", "tiles"]
+    parts: Annotated[int, Field(ge=2, le=64)] | None = None
+    form: Literal["auto", "in"] = "auto"
+    grid: tuple[Positive, Positive] | None = None
+    reduce: Literal["exact", "mean", "sum", "vote"] = "exact"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        refuse(checks.split_problems(self))
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many parts."""
+        return self.grid[0] * self.grid[1] if self.grid else self.parts or 1
+
+
+class ExitSpec(_Frozen):
+    """A head behind a stage: rows whose best class has this share of the softmax leave there."""
+
+    factory: Factory
+    kwargs: dict[str, JsonValue] = {}
+    weights: FileName | None = None
+    threshold: float = Field(default=0.9, gt=0, le=1)
+
+
+class _Placed(_Frozen):
+    """Where layers run; `device` may be one for each part of a split stage."""
 
     name: Name
-    until: FileName | None = None
-    device: Device = "cpu"
+    device: Devices = "cpu"
     replicas: Positive = 1
     threads: Positive | None = None
     batch: BatchSpec | None = None
+
+    def device_of(self, part: int | None = None) -> str:
+        """Return the device of a part, or of all that is not a part."""
+        if isinstance(self.device, str):
+            return self.device
+        return self.device[part or 0]
+
+
+class PartSpec(_Placed):
+    """Consecutive layers of a model on one device; `until` is the last one, inclusive."""
+
+    until: FileName | None = None
+    split: SplitSpec | None = None
+    exit: ExitSpec | None = None
+    deadline: Annotated[Duration, at_least(0.001)] = 30.0  # of a gather, for what is missing
+
+
+class BranchSpec(_Placed):
+    """A member of an ensemble: a model of its own, whole or in stages."""
+
+    model: ModelSpec
+    weight: float = Field(default=1.0, gt=0)
+    stages: tuple[PartSpec, ...] = ()
+
+
+class StageSpec(PartSpec):
+    """A stage: layers of the model, or (the last one) an ensemble of other models.
+
+    `fuse` joins the branches' outputs: mean (by `weight`), max or vote of their probabilities, or a
+    module that takes them all. With `quorum` an answer needs that many of them by the `deadline`.
+    """
+
+    branches: tuple[BranchSpec, ...] = ()
+    fuse: Literal["mean", "max", "vote"] | Factory = "mean"
+    quorum: Positive | None = None
+
+    @property
+    def fans(self) -> bool:
+        """Whether it is more than one thing side by side."""
+        return bool(self.split or self.branches)
 
 
 class EdgeSpec(_Frozen):
@@ -196,7 +270,7 @@ class PipelineSpec(_Frozen):
     """The whole file."""
 
     pipeline: Name
-    model: ModelSpec
+    model: ModelSpec | None = None  # none where all there is is an ensemble
     input: InputSpec = InputSpec()
     batch: BatchSpec = BatchSpec()
     stages: tuple[StageSpec, ...] = Field(min_length=1)
@@ -214,12 +288,18 @@ class PipelineSpec(_Frozen):
         refuse(
             chain(
                 checks.stage_problems(self),
+                checks.fan_problems(self),
                 checks.edge_problems(self),
                 checks.example_problems(self),
                 checks.topic_problems(self),
             )
         )
         return self
+
+    @property
+    def first_model(self) -> ModelSpec:
+        """The model that the input is for: the pipeline's, or an ensemble's first."""
+        return self.model or self.stages[0].branches[0].model
 
     @property
     def path(self) -> Path | None:
@@ -236,29 +316,57 @@ class PipelineSpec(_Frozen):
         """Return the path that a file's name in here stands for."""
         return (self._path.parent if self._path else Path()) / name
 
-    def stage(self, name: str) -> StageSpec:
-        """Return the stage of that name. Raises ConfigError."""
+    def placed(self) -> dict[str, PartSpec | BranchSpec]:
+        """Return all that has a place, by path: `trunk`, `vote`, `vote.a`, `vote.a.head`."""
+        found: dict[str, PartSpec | BranchSpec] = {}
         for stage in self.stages:
-            if stage.name == name:
-                return stage
+            found[stage.name] = stage
+            for branch in stage.branches:
+                found[f"{stage.name}.{branch.name}"] = branch
+                for part in branch.stages:
+                    found[f"{stage.name}.{branch.name}.{part.name}"] = part
+        return found
+
+    def stage(self, path: str) -> PartSpec | BranchSpec:
+        """Return the stage or branch at a path. Raises ConfigError."""
+        placed = self.placed()
+        if path in placed:
+            return placed[path]
         raise ConfigError(
-            f"no stage {name!r} in pipeline {self.pipeline!r}",
+            f"no stage {path!r} in pipeline {self.pipeline!r}",
             where=str(self._path or ""),
-            hint=did_you_mean(name, (s.name for s in self.stages)),
+            hint=did_you_mean(path, placed),
         )
 
-    def edge(self, stage: str) -> EdgeSpec:
-        """Return what leads into a stage: its own edge over the default one. Raises ConfigError."""
-        if self.stage(stage) is self.stages[0]:
+    def edge(self, path: str) -> EdgeSpec:
+        """Return what leads into a stage: its own edge over the default one. Raises ConfigError.
+
+        What leads into a branch leads into the stage that it is a branch of.
+        """
+        first = self.stage(path) is self.stages[0] and not self.stages[0].fans
+        if first:
             return EdgeSpec()  # it reads the input topic
+        key = path.partition(".")[0] if self._opens(path) else path
         default = self.edges.get("default", EdgeSpec())
-        own = self.edges.get(stage, EdgeSpec())
+        own = self.edges.get(key, EdgeSpec())
         edge = default.model_copy(update=own.model_dump(exclude_unset=True))
         return EdgeSpec(transport="local") if edge.transport == "local" else edge
 
-    def batch_of(self, stage: str) -> BatchSpec:
-        """Return a stage's batch: its own, or the pipeline's. Raises ConfigError."""
-        return self.stage(stage).batch or self.batch
+    def _opens(self, path: str) -> bool:
+        """Whether a branch begins here."""
+        name, _, rest = path.partition(".")
+        openings = (
+            {branch.name, f"{branch.name}.{branch.stages[0].name}" if branch.stages else ""}
+            for stage in self.stages
+            if stage.name == name
+            for branch in stage.branches
+        )
+        return any(rest in opening for opening in openings if rest)
+
+    def batch_of(self, path: str) -> BatchSpec:
+        """Return a stage's batch: its own, its branch's, or the pipeline's. Raises ConfigError."""
+        above = path.rpartition(".")[0]
+        return self.stage(path).batch or (self.batch_of(above) if above else self.batch)
 
 
 def json_schema() -> dict[str, Any]:

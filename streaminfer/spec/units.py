@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 __all__ = [
     "Channels",
     "Device",
+    "Devices",
     "Duration",
     "Factory",
     "FileName",
@@ -92,6 +93,16 @@ def _channels(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _devices(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError("expected cpu, cuda, cuda:N or mps, or a list of them")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(DEVICE, name):
+            raise ValueError(f"expected cpu, cuda, cuda:N or mps, not {name!r}")
+    return value if isinstance(value, str) else tuple(names)
+
+
 def _labels(value: object) -> object:
     if value is None or isinstance(value, str):
         return value
@@ -130,6 +141,12 @@ Device = Annotated[
     str,
     _like(DEVICE, "cpu, cuda, cuda:N or mps"),
     Field(json_schema_extra={"pattern": DEVICE}),
+]
+Devices = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(
+        _devices, json_schema_input_type=Device | Annotated[list[Device], Field(min_length=1)]
+    ),
 ]
 Factory = Annotated[
     str,

@@ -23,7 +23,8 @@ from streaminfer.plan import Plan
 from streaminfer.planning.source import ensure
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
-from streaminfer.topology import build, window
+from streaminfer.topics import window
+from streaminfer.topology import build
 from streaminfer.transport import Outgoing, Transport
 from tests.benchmarks.gauge import gauge
 from tests.benchmarks.images import digits

@@ -19,7 +19,8 @@ from streaminfer.app import Deployment
 from streaminfer.metrics import Metrics
 from streaminfer.planning.source import ensure
 from streaminfer.spec.file import load
-from streaminfer.topology import SINK, build, topic_specs
+from streaminfer.topics import topic_specs
+from streaminfer.topology import SINK, build
 from streaminfer.transport.memory import MemoryTransport
 from tests.benchmarks.bounded import press, resident
 

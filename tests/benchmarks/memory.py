@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +20,11 @@ from streaminfer.planning.source import ensure
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.postprocess import batch_of, top_k
 from streaminfer.runtime.receive import Envelopes
-from streaminfer.runtime.steps import Item, Result, Settled
+from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Worker
 from streaminfer.spec.file import load as load_spec
-from streaminfer.transport import TopicPartition, TopicSpec
+from streaminfer.topology import Route, Routes
+from streaminfer.transport import TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 from streaminfer.wire import Envelope, Sample, Tensor
 from tests.benchmarks.images import digits
@@ -40,31 +41,23 @@ IMAGES = 3000  # a round
 ROUNDS = 5
 
 
-class Pass:
+class Pass(Plain):
     """The step that does nothing; it notes when each micro-batch was acked."""
 
     def __init__(self) -> None:
         self.acked: list[float] = []
-
-    async def start(self) -> None:
-        """Nothing to load."""
-
-    async def stop(self) -> None:
-        """Nothing to free."""
-
-    async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
-        """Nothing to begin with."""
-
-    async def forget(self, partitions: Collection[TopicPartition]) -> None:
-        """Nothing to drop."""
 
     async def __call__(self, items: Sequence[Item]) -> Result:
         """Hand on what came."""
         return Result(
             outputs=tuple(item.envelope for item in items if item.envelope),
             settled=tuple(Settled(at) for item in items for at in item.positions),
-            acked=lambda: self.acked.append(time.perf_counter()),
+            acked=self._note,
         )
+
+    def _note(self) -> Acked:
+        self.acked.append(time.perf_counter())
+        return Acked()
 
 
 async def hop(goals: Mapping[str, str | None]) -> list[Row]:
@@ -83,14 +76,14 @@ async def _hop() -> float:
     async with transport.admin() as admin, transport.producer() as producer:
         limit = {"max.message.bytes": str(1 << 20)}
         await admin.create([TopicSpec(name, 1, limit) for name in ("before", "behind")])
-        fill = Outbox(producer, metrics, target="before", sink="behind")
+        fill = Outbox(producer, metrics, Routes((Route("before"),), "behind"))
         for k in range(HOPS):
             await fill.publish(Result(outputs=(_envelope(k),)))
         worker = Worker(
             lambda listener: transport.consumer(["before"], "hop", listener),
             Envelopes("hop", None, metrics, max_bytes=1 << 24),
             step,
-            Outbox(producer, metrics, target="behind", sink="behind"),
+            Outbox(producer, metrics, Routes((Route("behind"),), "behind")),
             metrics,
             stop,
             limits=Limits(),

@@ -42,7 +42,8 @@ class Fake:
 async def forward(
     fake: Fake, *, clock: Callable[[], float] = lambda: 1000.0, most: int = 8, **more: Any
 ) -> AsyncIterator[Forward]:
-    plan = StagePlan(name="s1", layers=("l",), inputs=(X,), outputs=(Y,))
+    inputs = more.pop("inputs", (X,))
+    plan = StagePlan(name="s1", path="s1", layers=("l",), inputs=inputs, outputs=(Y,))
     stage = Stage(
         plan=plan,
         load=lambda: cast(Program, fake),
@@ -104,14 +105,7 @@ async def test_unlike_shapes_never_share_a_batch() -> None:
     """Rows of another width would have to be padded, and padding changes numbers."""
     fake = Fake(lambda x: x)
     wide = TensorSpec(name="x", dtype="F32", shape=(None, None))
-    async with forward(fake) as step:
-        step._stage = Stage(
-            plan=StagePlan(name="s1", layers=("l",), inputs=(wide,), outputs=(Y,)),
-            load=step._stage.load,
-            device=step._stage.device,
-            threads=1,
-            batch=step._stage.batch,
-        )
+    async with forward(fake, inputs=(wide,)) as step:
         narrow = item(0, [1, 2])
         assert narrow.envelope is not None
         tensor = Tensor("F32", (2, 1), memoryview(struct.pack("<2f", 7, 8)))

@@ -30,6 +30,7 @@ PLAN = Plan(
     stages=(
         StagePlan(
             name="s0",
+            path="s0",
             layers=("a",),
             inputs=(TensorSpec(name="x", dtype="F32", shape=(None, 1, 8, 8)),),
             outputs=(TensorSpec(name="y", dtype="F32", shape=(None, 3)),),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
@@ -13,9 +13,10 @@ from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Raw
 from streaminfer.runtime.sink import watermark
-from streaminfer.runtime.steps import Item, Result, Settled
+from streaminfer.runtime.steps import Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec
+from streaminfer.topology import Route, Routes
 from streaminfer.transport import Commit, Outgoing, Position, Producer, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 
@@ -23,20 +24,12 @@ NO_LIMITS = Limits()
 TPS = [TopicPartition("in", p) for p in range(3)]
 
 
-class Copy:
+class Copy(Plain):
     """A step that answers each record with its value; `before` may fail or wait."""
 
     def __init__(self, before: Callable[[Item], Awaitable[None]] | None = None) -> None:
         self.before, self.sizes = before, list[int]()
         self.running = self.most = 0
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def assign(self, partitions: Mapping[TopicPartition, str]) -> None: ...
-
-    async def forget(self, partitions: Collection[TopicPartition]) -> None: ...
 
     async def __call__(self, items: Sequence[Item]) -> Result:
         (item,) = items
@@ -84,7 +77,7 @@ class Bench:
     ) -> None:
         metrics = Metrics("p").stage("s")
         async with self.bus.producer() as producer, self.bus.admin() as admin:
-            outbox = Outbox(Flaky(producer, failures), metrics, target="out", sink="sink")  # type: ignore[arg-type]
+            outbox = Outbox(Flaky(producer, failures), metrics, Routes((Route("out"),), "sink"))  # type: ignore[arg-type]
             worker = Worker(
                 lambda listener: self.bus.consumer(["in"], "g", listener),
                 Raw(BatchSpec(max=4, wait=0.001), self.window),

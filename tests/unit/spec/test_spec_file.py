@@ -214,7 +214,7 @@ def test_aliases_and_merges_save_typing(write: Write) -> None:
 
 def test_what_yaml_would_turn_into_something_else_stays_a_text(write: Write) -> None:
     text = BASE.replace("8, 8]}", "8, 8], version: 2026-11-24, kwargs: {day: 2026-11-24, 3: x}}")
-    model = loaded(write(text)).model
+    model = loaded(write(text)).first_model
     assert model.version == "2026-11-24"
     assert model.kwargs == {"day": "2026-11-24", "3": "x"}
 
@@ -260,12 +260,12 @@ def test_a_reference_can_be_written_as_a_text(write: Write) -> None:
 def test_free_keys_get_the_type_that_was_written(write: Write) -> None:
     model = "8, 8], kwargs: {a: '${N}', b: x}}"
     text = BASE.replace("8, 8]}", model) + "edges: {}\n"
-    assert loaded(write(text), environ={"N": "3"}).model.kwargs == {"a": "3", "b": "x"}
+    assert loaded(write(text), environ={"N": "3"}).first_model.kwargs == {"a": "3", "b": "x"}
     text = BASE.replace(
         'model: {factory: "toy.py:build", example: [3, 8, 8]}',
         "model:\n  factory: toy.py:build\n  example: [3, 8, 8]\n  kwargs:\n    classes: ${N}",
     )
-    assert loaded(write(text), environ={"N": "3"}).model.kwargs == {"classes": 3}
+    assert loaded(write(text), environ={"N": "3"}).first_model.kwargs == {"classes": 3}
 
 
 # ---- precedence ------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_texts_of_flags_and_environment_become_what_the_key_needs(write: Write) 
     }
     spec = loaded(path, flags, environ)
     assert (spec.input.crop, spec.input.mean) == (None, (0.5, 0.5, 0.5))
-    assert spec.model.kwargs == {"classes": 10, "weights": None, "name": "x"}
+    assert spec.first_model.kwargs == {"classes": 10, "weights": None, "name": "x"}
     trunk, head = spec.stages[1:]
     assert (trunk.device, trunk.replicas, trunk.name) == ("cuda:1", 2, "trunk-1")
     assert head.batch

@@ -173,7 +173,7 @@ def test_the_example_is_what_the_input_gives(shape: list[int], given: dict[str, 
 
 def test_tensors_have_any_shape() -> None:
     spec = declare(model={"factory": "m:f", "example": [8]}, input={"decode": "tensor"})
-    assert spec.model.example == (8,)
+    assert spec.first_model.example == (8,)
 
 
 def test_the_inputs_part_of_the_digest_is_what_changes_numbers() -> None:
@@ -245,7 +245,7 @@ def test_labels_that_are_none_are_refused(labels: Any) -> None:
 
 def test_a_version_keeps_its_digits() -> None:
     model = {"factory": "m:f", "example": [3, 8, 8]}
-    assert declare(model={**model, "version": 2}).model.version == "2"
+    assert declare(model={**model, "version": 2}).first_model.version == "2"
     with pytest.raises(ValidationError, match="valid string"):
         declare(model={**model, "version": 1.1})  # was written as 1.10
 

@@ -96,7 +96,7 @@ def test_the_schema_is_one_json_document_that_names_itself() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["$id"] == "urn:streaminfer:pipeline:1"
     assert schema["title"] == "streaminfer pipeline"
-    assert set(schema["required"]) == {"pipeline", "model", "stages"}
+    assert set(schema["required"]) == {"pipeline", "stages"}
 
 
 def test_a_good_file_is_good_for_both() -> None:

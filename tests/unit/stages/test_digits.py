@@ -82,7 +82,10 @@ def test_the_cuts_are_layers_of_the_model(spec: PipelineSpec) -> None:
     cuts = [layers.index(stage.until) for stage in spec.stages if stage.until]
     assert len(cuts) == len(spec.stages) - 1 == 2
     assert cuts == sorted(set(cuts))
-    assert build()(torch.zeros(2, *spec.model.example)).shape == (2, len(spec.output.labels or ()))
+    assert build()(torch.zeros(2, *spec.first_model.example)).shape == (
+        2,
+        len(spec.output.labels or ()),
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,326 @@
+"""What the user declared → the stages of the plan: models are captured, cut, split and joined.
+
+road      the stages of one model, one behind the other
+fan       a split stage: scatter ─▶ parts ─▶ gather
+ensemble  the roads of several models side by side, and their gather
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+from torch import nn
+
+from streaminfer.errors import CaptureError, ConfigError
+from streaminfer.parallel.capture import capture
+from streaminfer.parallel.fan import Fan
+from streaminfer.parallel.fuse import Fuse
+from streaminfer.parallel.graphs import example, identity, renamed
+from streaminfer.parallel.pipeline import Cutter, StageGraph
+from streaminfer.parallel.signature import Port
+from streaminfer.plan import PRESENT, Edge, Source
+from streaminfer.planning.factory import example_batch
+from streaminfer.spec import ModelSpec, PipelineSpec
+from streaminfer.spec.models import ExitSpec, PartSpec, StageSpec
+
+__all__ = ["FUSES", "Cell", "exit_model", "lower"]
+
+Make = Callable[[ModelSpec], nn.Module]
+FUSES = ("mean", "max", "vote")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A stage of the plan with its graph; the fields are those of `StagePlan`."""
+
+    name: str
+    path: str
+    graph: StageGraph
+    sources: tuple[Source, ...]
+    edge: Edge
+    kind: Literal["stage", "scatter", "part", "gather"] = "stage"
+    part: int | None = None
+    gather: str = ""
+    pixels: bool = False
+    exit: StageGraph | None = None
+    threshold: float = 1.0
+
+
+def lower(spec: PipelineSpec, make: Make) -> list[Cell]:
+    """Capture the models of a pipeline and lay out the stages of its plan, first to last.
+
+    Raises:
+        ConfigError: branches or an exit do not fit what they stand beside.
+        CaptureError: a model cannot be captured, cut or split as declared.
+    """
+    return _Lowering(spec, make).cells()
+
+
+def _taken(graph: StageGraph, cell: Cell | None) -> tuple[Source, ...]:
+    """Say what a graph takes of the one cell before it."""
+    return (Source(stage=cell.name, tensors=_names(graph.inputs)),) if cell else ()
+
+
+def _names(ports: Sequence[Port]) -> tuple[str, ...]:
+    return tuple(port.name for port in ports)
+
+
+class _Lowering:
+    """One pass over a pipeline file."""
+
+    def __init__(self, spec: PipelineSpec, make: Make) -> None:
+        self._spec, self._make = spec, make
+        self._cells: list[Cell] = []
+        self._image = spec.input.decode == "image"
+
+    def cells(self) -> list[Cell]:
+        *_, last = self._spec.stages
+        layered = [stage for stage in self._spec.stages if not stage.branches]
+        before: Cell | None = None
+        if self._spec.model is not None:
+            stages = [(stage.name, stage) for stage in layered]
+            before = self._road(self._cutter(self._spec.model), stages, None, "")
+        if last.branches:
+            self._ensemble(last, before)
+        return self._cells
+
+    def _cutter(self, model: ModelSpec) -> Cutter:
+        return Cutter(capture(self._make(model), (example_batch(model),)))
+
+    def _add(self, cell: Cell) -> Cell:
+        self._cells.append(cell)
+        return cell
+
+    def _edge(self, path: str) -> Edge:
+        edge = self._spec.edge(path)
+        return Edge(dtype=edge.dtype, compress=edge.compress)
+
+    # ---- one model -----------------------------------------------------------------------------
+
+    def _road(
+        self,
+        cutter: Cutter,
+        stages: Sequence[tuple[str, PartSpec]],
+        before: Cell | None,
+        gather: str,
+        *,
+        pixels: bool = True,
+    ) -> Cell:
+        """Add the stages of one model behind `before` (None: the pipeline's input).
+
+        `pixels`: what it takes is the pipeline's input. Returns the last one.
+        """
+        untils = [stage.until for _, stage in stages if stage.until is not None]
+        ends = [-1, *cutter.cuts(untils), len(cutter.captured.nodes) - 1]
+        for k, ((path, stage), (start, last)) in enumerate(
+            zip(stages, pairwise(ends), strict=True)
+        ):
+            first, raw = start + 1, pixels and k == 0 and self._image
+            if stage.split is None:
+                before = self._plain(path, stage, cutter.stage(first, last), before, gather, raw)
+                continue
+            fan = self._split(cutter, stage, first, last)
+            following = stages[k + 1] if k + 1 < len(stages) else None
+            joined = following is not None and following[1].split is None
+            edge = self._edge(following[0] if following and joined else path)
+            before = self._fan(path, fan, before, gather, raw=raw, edge=edge)
+        assert before is not None  # noqa: S101 - a road has stages
+        return before
+
+    def _plain(
+        self,
+        path: str,
+        stage: PartSpec,
+        graph: StageGraph,
+        before: Cell | None,
+        gather: str,
+        raw: bool,
+    ) -> Cell:
+        alone = before is not None and self._is_joined(before)
+        return self._add(
+            Cell(
+                path,
+                path,
+                graph,
+                _taken(graph, before),
+                Edge() if alone else self._edge(path),
+                gather=gather,
+                pixels=raw,
+                exit=self._exit(path, stage.exit, graph, gather) if stage.exit else None,
+                threshold=stage.exit.threshold if stage.exit else 1.0,
+            )
+        )
+
+    def _is_joined(self, before: Cell) -> bool:
+        """Whether what follows runs in the worker of this gather, whose parts are elsewhere."""
+        return before.kind == "gather" and self._spec.edge(before.path).transport == "kafka"
+
+    def _split(self, cutter: Cutter, stage: PartSpec, first: int, last: int) -> Fan:
+        from streaminfer.parallel.spatial import approximate_tiles, split_tiles
+        from streaminfer.parallel.tensor import split_channels
+
+        split = stage.split
+        assert split is not None  # noqa: S101 - asked by the caller
+        if split.by == "channels":
+            return split_channels(cutter, first, last, split.count, split.form)
+        assert split.grid is not None  # noqa: S101 - the spec's checks
+        if split.reduce == "exact":
+            return split_tiles(cutter, first, last, split.grid)
+        if (first, last) != (0, len(cutter.captured.nodes) - 1):
+            raise CaptureError(
+                f"stage {stage.name!r}: tiles with reduce: {split.reduce} take each tile for an "
+                "image, so they need the whole model",
+                hint="make it the only stage; or reduce: exact, which takes any stage of "
+                "convolutions",
+            )
+        return approximate_tiles(cutter.stage(first, last), split.grid, split.reduce)
+
+    def _fan(
+        self, path: str, fan: Fan, before: Cell | None, gather: str, *, raw: bool, edge: Edge
+    ) -> Cell:
+        """Add the parts of a split stage; the gather's `edge` is what their outputs take."""
+        own, sliced = f"{path}.gather", fan.scatter is not None
+        # a slice of channels has lost the means of the others: normalise before
+        whole = raw and sliced and fan.scatter is not None and _channels_differ(fan.scatter)
+        if fan.scatter is not None or before is None:
+            graph = fan.scatter or identity(fan.inputs())
+            before = self._add(
+                Cell(
+                    f"{path}.scatter", path, graph, _taken(graph, before), Edge(),
+                    kind="scatter", gather=gather, pixels=whole,
+                )
+            )  # fmt: skip
+        parts = []
+        for k, graph in enumerate(fan.parts):
+            taken, edge_in = _taken(graph, before), self._edge(path)
+            part = Cell(f"{path}.{k}", path, graph, taken, edge_in, kind="part", part=k, gather=own)
+            parts.append(self._add(replace(part, pixels=raw and not whole)))
+        sources = tuple(Source(stage=p.name, tensors=_names(p.graph.outputs)) for p in parts)
+        return self._add(Cell(own, path, fan.gather, sources, edge, kind="gather", gather=gather))
+
+    def _exit(self, path: str, declared: ExitSpec, graph: StageGraph, gather: str) -> StageGraph:
+        where = f"stages.{path}.exit"
+        if gather:
+            raise ConfigError("a branch has no exit: its gather needs every row", where=where)
+        if len(graph.outputs) != 1:
+            raise ConfigError(
+                f"{len(graph.outputs)} tensors cross the cut behind {path!r}; an exit takes one",
+                where=where,
+                hint="end the stage where one tensor crosses: streaminfer cut shows it",
+            )
+        (port,) = graph.outputs
+        head = self._make(exit_model(declared, port))
+        (made,) = Cutter(capture(head, example(graph.outputs))).split([])
+        if len(made.outputs) != 1 or len(made.outputs[0].shape) != 2:
+            found = ", ".join(f"{p.name} {list(p.shape)}" for p in made.outputs)
+            raise ConfigError(
+                f"an exit gives logits [batch, classes]; this one gives {found}", where=where
+            )
+        return renamed(made, {made.inputs[0].name: port.name}, {made.outputs[0].name: "output"})
+
+    # ---- several models ------------------------------------------------------------------------
+
+    def _ensemble(self, stage: StageSpec, before: Cell | None) -> None:
+        """Add the branches of a stage and their gather."""
+        path, own = stage.name, f"{stage.name}.gather"
+        cutters = [self._cutter(branch.model) for branch in stage.branches]
+        ports = [Cutter.stage(c, 0, len(c.captured.nodes) - 1) for c in cutters]
+        pixels = before is None
+        if before is None:
+            root = identity(ports[0].inputs)
+            before = self._add(Cell(f"{path}.scatter", path, root, (), Edge(), kind="scatter"))
+        ends = []
+        for k, (branch, cutter, whole) in enumerate(
+            zip(stage.branches, cutters, ports, strict=True)
+        ):
+            here = f"{path}.{branch.name}"
+            _fits(here, before.graph.outputs, whole.inputs)
+            alias = dict(zip(_names(whole.inputs), _names(before.graph.outputs), strict=True))
+            begin = len(self._cells)
+            parts = [(f"{here}.{part.name}", part) for part in branch.stages]
+            alone = [(here, PartSpec(name=branch.name))]
+            self._road(cutter, parts or alone, before, own, pixels=pixels)
+            self._cells[begin:] = _attach(self._cells[begin:], before, alias, f"branch{k}")
+            ends.append(self._cells[-1])
+        _alike(stage, ends)
+        fused = self._fuse(stage, ends)
+        sources = tuple(Source(stage=e.name, tensors=_names(e.graph.outputs)) for e in ends)
+        self._add(Cell(own, path, fused, sources, self._edge(path), kind="gather"))
+
+    def _fuse(self, stage: StageSpec, ends: Sequence[Cell]) -> StageGraph:
+        outputs = [port for end in ends for port in end.graph.outputs]
+        given = example(outputs)
+        if stage.fuse in FUSES:
+            weights = [branch.weight for branch in stage.branches]
+            module: nn.Module = Fuse(stage.fuse, weights, classes=self._spec.output.top_k > 0)
+            present = Port(PRESENT, "F32", (None, len(ends)))
+            outputs, given = [present, *outputs], (given[0].new_ones(2, len(ends)), *given)
+        else:
+            shape = tuple(n or 1 for n in outputs[0].shape[1:])
+            module = self._make(ModelSpec(factory=stage.fuse, example=shape))
+        (made,) = Cutter(capture(module.eval(), given)).split([])
+        return renamed(made, dict(zip(_names(made.inputs), _names(outputs), strict=True)))
+
+
+def exit_model(declared: ExitSpec, port: Port) -> ModelSpec:
+    """Return an exit as the model of the one tensor that crosses the cut before it."""
+    return ModelSpec(
+        factory=declared.factory,
+        kwargs=declared.kwargs,
+        weights=declared.weights,
+        example=tuple(n or 1 for n in port.shape[1:]),
+    )
+
+
+def _channels_differ(scatter: StageGraph) -> bool:
+    """Tell whether a scatter cuts channels and not only the image."""
+    whole = {port.shape[1] for port in scatter.inputs}
+    return any(port.shape[1] not in whole for port in scatter.outputs)
+
+
+def _attach(cells: Sequence[Cell], before: Cell, alias: dict[str, str], branch: str) -> list[Cell]:
+    """Give a branch's first stages the names of what they take, and its last one's its own."""
+    attached = []
+    for cell in cells:
+        inputs = alias if any(s.stage == before.name for s in cell.sources) else {}
+        outputs = (
+            {name: f"{branch}_{at}" for at, name in enumerate(_names(cell.graph.outputs))}
+            if cell is cells[-1]
+            else {}
+        )
+        graph = renamed(cell.graph, inputs, outputs) if inputs or outputs else cell.graph
+        sources = tuple(
+            Source(stage=s.stage, tensors=tuple(inputs.get(t, t) for t in s.tensors))
+            for s in cell.sources
+        )
+        attached.append(replace(cell, graph=graph, sources=sources))
+    return attached
+
+
+def _fits(branch: str, given: Sequence[Port], wanted: Sequence[Port]) -> None:
+    """Raise ConfigError unless a branch takes what it is given."""
+    kinds = [[(p.dtype, p.shape[1:]) for p in ports] for ports in (given, wanted)]
+    if kinds[0] != kinds[1]:
+        text = [", ".join(f"{p.dtype} {list(p.shape[1:])}" for p in ps) for ps in (given, wanted)]
+        raise ConfigError(
+            f"branch {branch!r} takes {text[1]}; it is given {text[0]}",
+            where=f"stages.{branch}.model.example",
+            hint="all branches take the same input",
+        )
+
+
+def _alike(stage: StageSpec, ends: Sequence[Cell]) -> None:
+    """Raise ConfigError unless all branches give one output of the same kind."""
+    kinds = [[(p.dtype, p.shape[1:]) for p in end.graph.outputs] for end in ends]
+    for branch, kind in zip(stage.branches, kinds, strict=True):
+        if len(kind) != 1 or kind != kinds[0]:
+            found = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in kind)
+            first = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in kinds[0])
+            raise ConfigError(
+                f"branch {branch.name!r} gives {found}; {stage.branches[0].name!r} gives {first}",
+                where=f"stages.{stage.name}.branches",
+                hint="branches give one output each, of the same shape",
+            )
