@@ -23,7 +23,7 @@ from streaminfer.parallel.mutation import written
 from streaminfer.parallel.signature import Port, dtype_name
 from streaminfer.parallel.weights import same_memory
 
-__all__ = ["Cutter", "StageGraph"]
+__all__ = ["Cutter", "StageGraph", "port"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Cutter:
         for i, node in enumerate(captured.nodes):
             for value in written(node):
                 self._written.setdefault(captured.aliases.root(value), []).append(i)
-        self._free: set[fx.Node] = set()
+        self.free: set[fx.Node] = set()  # what follows from weights and the number of rows
         for node in captured.nodes:
             if self._is_free(node):
-                self._free.add(node)
+                self.free.add(node)
 
     def _last(self, node: fx.Node) -> int:
         end = len(self.captured.nodes)
@@ -71,21 +71,22 @@ class Cutter:
         if self.captured.aliases.root(node) in self._written:
             return False  # what is written into it may be data
         return all(
-            source.op == "get_attr" or source in self._free for source in node.all_input_nodes
+            source.op == "get_attr" or source in self.free for source in node.all_input_nodes
         )
 
     def live(self, cut: int) -> list[fx.Node]:
         """Return what crosses a cut, in the order in which it was made."""
         made = (*self.captured.inputs, *self.captured.nodes[: cut + 1])
-        return [n for n in made if self._last_use[n] > cut and n not in self._free]
+        return [n for n in made if self._last_use[n] > cut and n not in self.free]
 
     def problem(self, cut: int) -> str:
         """Say why the graph may not be cut here; "" if it may."""
         live = self.live(cut)
-        found = (f"{n.name!r} would cross, {why}" for n in live if (why := self._unfit(n)))
+        found = (f"{n.name!r} would cross, {why}" for n in live if (why := self.unfit(n)))
         return next(found, "" if live else "nothing crosses")
 
-    def _unfit(self, node: fx.Node) -> str:
+    def unfit(self, node: fx.Node) -> str:
+        """Say why a value may not cross; "" if it may."""
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor):
             return "which is no tensor but a number or a list"
@@ -171,15 +172,24 @@ class Cutter:
         edges = [-1, *sorted(cuts), len(self.captured.nodes) - 1]
         return [self.stage(first + 1, last) for first, last in pairwise(edges)]
 
+    def inputs(self, first: int) -> list[fx.Node]:
+        """Return what a stage that begins with this node reads."""
+        return self.live(first - 1) if first else list(self.captured.inputs)
+
+    def outputs(self, last: int) -> dict[str, fx.Node]:
+        """Return what a stage that ends with this node gives, by name."""
+        final = last == len(self.captured.nodes) - 1
+        return dict(self.captured.outputs) if final else {n.name: n for n in self.live(last)}
+
+    def written_by(self, first: int, last: int) -> set[fx.Node]:
+        """Return the representatives of memory that these nodes write."""
+        return {root for root, at in self._written.items() if any(first <= i <= last for i in at)}
+
     def stage(self, first: int, last: int) -> StageGraph:
-        """Cut out the nodes from `first` to `last`, both inclusive."""
+        """Return nodes first to last as a stage; what crosses before and behind must be legal."""
         captured = self.captured
-        inputs = self.live(first - 1) if first else list(captured.inputs)
-        final = last == len(captured.nodes) - 1
-        outputs = dict(captured.outputs) if final else {node.name: node for node in self.live(last)}
-        written_here = {
-            root for root, at in self._written.items() if any(first <= i <= last for i in at)
-        }
+        inputs, outputs = self.inputs(first), self.outputs(last)
+        written_here = self.written_by(first, last)
         copied = {node for node in inputs if captured.aliases.root(node) in written_here}
         builder = Builder(captured, inputs, copied)
         for node in captured.nodes[first : last + 1]:
