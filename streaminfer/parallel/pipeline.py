@@ -171,11 +171,17 @@ class Cutter:
         edges = [-1, *sorted(cuts), len(self.captured.nodes) - 1]
         return [self._stage(first + 1, last) for first, last in pairwise(edges)]
 
-    def _stage(self, first: int, last: int) -> StageGraph:
+    def boundary(self, first: int, last: int) -> tuple[list[fx.Node], dict[str, fx.Node]]:
+        """Return what goes into the stage of these nodes, and what comes out of it by name."""
         captured = self.captured
         inputs = self.live(first - 1) if first else list(captured.inputs)
-        final = last == len(captured.nodes) - 1
-        outputs = dict(captured.outputs) if final else {node.name: node for node in self.live(last)}
+        if last == len(captured.nodes) - 1:
+            return inputs, dict(captured.outputs)
+        return inputs, {node.name: node for node in self.live(last)}
+
+    def _stage(self, first: int, last: int) -> StageGraph:
+        captured = self.captured
+        inputs, outputs = self.boundary(first, last)
         written_here = {
             root for root, at in self._written.items() if any(first <= i <= last for i in at)
         }
