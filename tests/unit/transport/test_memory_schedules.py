@@ -17,6 +17,7 @@ from streaminfer.transport import Commit, Outgoing, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 
 PARTITIONS = 4
+TURNS = 20  # of the loop: more than a revoke and a deal take of listeners that do not wait
 
 
 class World:
@@ -135,7 +136,16 @@ async def live(steps: Sequence[tuple[str, int, int]]) -> None:
                     await member.poll(50)
         for member in world.members:
             await member.consumer.__aexit__(None, None, None)
-    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    await no_task_is_left()
+
+
+async def no_task_is_left() -> None:
+    """A deal that the last leave came upon ends by itself, in turns of the loop and no time."""
+    for _ in range(TURNS):
+        if not (left := asyncio.all_tasks() - {asyncio.current_task()}):
+            return
+        await asyncio.sleep(0)
+    raise AssertionError(f"somebody still waits: {left}")
 
 
 def all_partitions() -> list[TopicPartition]:
@@ -145,7 +155,7 @@ def all_partitions() -> list[TopicPartition]:
 ACTIONS = ["send", "send", "join", "join", "leave", "crash", "poll", "poll", "commit", "pass_time"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)  # the same lives every time
 @given(
     st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 7), st.integers(0, 7)), max_size=60)
 )
