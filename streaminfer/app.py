@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self, TypeAlias
 
 from streaminfer.client import Client
 from streaminfer.errors import StreaminferError
@@ -21,6 +21,7 @@ from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes, Raw
 from streaminfer.runtime.sink import Order, watermark
+from streaminfer.runtime.speed import combined
 from streaminfer.runtime.steps import Step, chain
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec, PipelineSpec
@@ -31,8 +32,17 @@ from streaminfer.transport.memory import MemoryTransport
 
 __all__ = ["Deployment", "LocalPipeline", "run_worker"]
 
+Consume: TypeAlias = Callable[[Listener], Consumer]
+
 STALE = 60.0  # seconds without a turn of the loop after which /livez says no
 KEPT = 20_000  # answers that the memory bus keeps per partition
+
+
+class _Place(NamedTuple):
+    """One replica of a worker."""
+
+    role: WorkerSpec
+    replica: int
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,19 @@ class Deployment:
 
     @asynccontextmanager
     async def worker(
-        self, name: str, metrics: Metrics, stop: asyncio.Event
+        self, name: str, metrics: Metrics, stop: asyncio.Event, replica: int = 0
     ) -> AsyncIterator[Worker]:
-        """Make the worker of a stage (or "sink") and its connections; run it inside the block."""
+        """Make the worker of a stage (or "sink") and its connections; run it inside the block.
+
+        `replica` says which of its devices and shares are this one's. Raises ConfigError.
+        """
         role = self.topology.worker(name)
         async with self.transport.admin() as admin, self.transport.producer() as producer:
-            make = self._sink if role.name == SINK else self._stage
-            yield make(role, metrics, stop, admin, self._outbox(role, metrics, producer))
+            outbox = self._outbox(role, metrics, producer)
+            if role.name == SINK:
+                yield self._sink(role, metrics, stop, admin, outbox)
+            else:
+                yield self._stage(_Place(role, replica), metrics, stop, admin, outbox)
 
     def _outbox(self, role: WorkerSpec, metrics: Metrics, producer: Producer) -> Outbox:
         return Outbox(
@@ -82,7 +98,7 @@ class Deployment:
     ) -> Worker:
         stage = metrics.stage(role.name)
         return Worker(
-            self._consume(role),
+            lambda listener: self.transport.consumer([role.source], role.group, listener),
             Envelopes(role.name, None, stage, max_bytes=self._message_bytes()),
             Order(self.plan, self.topology.output_topic, metrics),
             outbox,
@@ -93,28 +109,24 @@ class Deployment:
         )
 
     def _stage(
-        self, role: WorkerSpec, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
+        self, place: _Place, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
     ) -> Worker:
-        from streaminfer.runtime.compute import forward  # torch: only a worker that computes
-
+        role = place.role
         batch = self.spec.batch_of(role.stages[0])
         first = role.stages[0] == self.plan.stages[0].name
-        steps: list[Step] = [
-            forward(self.spec, self.plan, self.folder, stage, metrics.stage(stage))
-            for stage in role.stages
-        ]
+        steps, consume = self._compute(place, metrics)
         limits = Limits(samples=self._inflight(role, batch), nbytes=self._budget())
         stage = metrics.stage(role.name)
         if not first:
             intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
             return Worker(
-                self._consume(role), intake, chain(*steps), outbox, stage, stop,
+                consume, intake, chain(*steps), outbox, stage, stop,
                 limits=limits, upkeep=Upkeep(self._trimmer(admin)),
             )  # fmt: skip
         flow = Window(window(self.spec, self.plan, self.partitions))
         metrics.window.labels(self.spec.pipeline).set(flow.size)
         return Worker(
-            self._consume(role),
+            consume,
             Raw(batch, flow),
             chain(self._ingest(flow, metrics), *steps),
             outbox,
@@ -140,8 +152,26 @@ class Deployment:
             admin, flow, group=sink.group, topic=sink.source, read=watermark, write=chain_at
         )
 
-    def _consume(self, role: WorkerSpec) -> Callable[[Listener], Consumer]:
-        return lambda listener: self.transport.consumer([role.source], role.group, listener)
+    def _compute(self, place: _Place, metrics: Metrics) -> tuple[list[Step], Consume]:
+        """Make the stages' steps, and what joins the group with their share once they started."""
+        from streaminfer.runtime.compute import forward  # torch: only where it computes
+
+        role, replica = place
+        share = role.share(replica)
+        steps = [
+            forward(
+                self.spec, self.plan, self.folder, stage, metrics.stage(stage),
+                device=role.device(stage, replica), timed=share is None,
+            )
+            for stage in role.stages
+        ]  # fmt: skip
+
+        def consume(listener: Listener) -> Consumer:
+            weight = combined((s.device, s.speed) for s in steps) if share is None else share
+            metrics.stage(role.name).share(replica, weight)
+            return self.transport.consumer([role.source], role.group, listener, weight=weight)
+
+        return list(steps), consume
 
     def _trimmer(self, admin: Admin) -> Trimmer:
         kafka = self.spec.kafka
@@ -171,6 +201,7 @@ async def run_worker(
     port: int,
     host: str,
     said: Callable[[str], None],
+    replica: int = 0,
 ) -> None:
     """Run one worker with its /metrics until `stop`; `said` gets the address once it is ready."""
     from streaminfer import __version__
@@ -179,7 +210,7 @@ async def run_worker(
     metrics = Metrics(
         plan.pipeline, version=__version__, model=plan.model, model_version=plan.model_version
     )
-    async with deployment.worker(name, metrics, stop) as worker:
+    async with deployment.worker(name, metrics, stop, replica) as worker:
 
         def live() -> bool:
             return not worker.polled or time.monotonic() - worker.polled < STALE
@@ -228,8 +259,8 @@ class LocalPipeline:
         )
         try:
             for role in topology.workers:
-                for _ in range(role.replicas):
-                    context = deployment.worker(role.name, self.metrics, self._stop)
+                for replica in range(role.replicas):
+                    context = deployment.worker(role.name, self.metrics, self._stop, replica)
                     worker = await self._stack.enter_async_context(context)
                     self._workers.append(worker)
                     self._tasks.append(asyncio.create_task(worker.run(), name=role.name))

@@ -44,7 +44,11 @@ ANSWER = 12  # bytes of one of the top k: a float32 score and an int64 index
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker: what it runs, reads and feeds. `devices` has one for each of `stages`."""
+    """One worker: what it runs, reads and feeds.
+
+    `devices` has, for each of `stages`, the device of every replica. `shares` are the replicas'
+    relative speeds as declared; None: each measures its own.
+    """
 
     name: str  # its first stage's, or "sink"
     stages: tuple[str, ...]  # joined by local edges; () for the sink
@@ -52,8 +56,33 @@ class WorkerSpec:
     target: str
     group: str
     replicas: int
-    devices: tuple[str, ...]
+    devices: tuple[tuple[str, ...], ...]
     batch: BatchSpec  # of its first stage
+    shares: tuple[float, ...] | None = (1.0,)
+
+    def device(self, stage: str, replica: int) -> str:
+        """Return the device of one of its stages in one of its replicas. Raises ConfigError."""
+        return self.devices[self.stages.index(stage)][self._known(replica)]
+
+    def share(self, replica: int) -> float | None:
+        """Return a replica's share; None: it measures its speed. Raises ConfigError."""
+        return None if self.shares is None else self.shares[self._known(replica)]
+
+    def _known(self, replica: int) -> int:
+        """Return the number of a replica, if there is one of that number. Raises ConfigError."""
+        if 0 <= replica < self.replicas:
+            return replica
+        raise ConfigError(
+            f"{self.name} has no replica {replica}: they are numbered from 0 to"
+            f" {self.replicas - 1}",
+            where="--replica",
+            hint=f"replicas: {replica + 1} in the pipeline file" if replica > 0 else "",
+        )
+
+    @property
+    def unlike(self) -> bool:
+        """Whether it matters which replica one is: their devices or shares differ."""
+        return _unlike(self.devices) or len(set(self.shares or ())) > 1
 
 
 @dataclass(frozen=True)
@@ -171,8 +200,9 @@ def build(spec: PipelineSpec, plan: Plan) -> Topology:
             target=target,
             group=group,
             replicas=spec.stage(names[0]).replicas,
-            devices=tuple(spec.stage(name).device for name in names),
+            devices=_devices(spec, names),
             batch=spec.batch_of(names[0]),
+            shares=_shares(spec, names),
         )
         for names, source, target, group in zip(groups, sources, targets, readers, strict=True)
     ]
@@ -185,6 +215,23 @@ def build(spec: PipelineSpec, plan: Plan) -> Topology:
         output_topic=spec.output.topic,
         workers=(*workers, sink),
     )
+
+
+def _devices(spec: PipelineSpec, stages: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(spec.stage(name).devices for name in stages)
+
+
+def _shares(spec: PipelineSpec, stages: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the shares of a worker's replicas, as its first stage says; None: measured."""
+    first = spec.stage(stages[0])
+    if isinstance(first.shares, tuple):
+        return first.shares
+    measured = first.shares is None and _unlike(_devices(spec, stages))
+    return None if measured or first.shares == "measured" else (1.0,) * first.replicas
+
+
+def _unlike(devices: tuple[tuple[str, ...], ...]) -> bool:
+    return any(len(set(places)) > 1 for places in devices)
 
 
 def topic_specs(topology: Topology, spec: PipelineSpec, partitions: int) -> tuple[TopicSpec, ...]:

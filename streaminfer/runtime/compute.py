@@ -21,25 +21,35 @@ __all__ = ["device_of", "forward"]
 
 
 def forward(
-    spec: PipelineSpec, plan: Plan, folder: Path, name: str, metrics: StageMetrics
+    spec: PipelineSpec,
+    plan: Plan,
+    folder: Path,
+    name: str,
+    metrics: StageMetrics,
+    *,
+    device: str,
+    timed: bool = False,
 ) -> Forward:
-    """Make the step of one stage; it loads when it starts. Raises ConfigError for its device."""
+    """Make the step of one stage; it loads when it starts, and measures its speed if `timed`.
+
+    Raises ConfigError if this machine has no such device.
+    """
     k = [stage.name for stage in plan.stages].index(name)
     last = k == len(plan.stages) - 1
     following = None if last else plan.stages[k + 1].edge
-    device = device_of(spec.stage(name).device)
+    where = device_of(device)
     stage = Stage(
         plan=plan.stages[k],
-        load=lambda: _program(folder, name, device),
-        device=device,
+        load=lambda: _program(folder, name, where),
+        device=where,
         threads=spec.stage(name).threads or _share(spec),
         batch=spec.batch_of(name),
         out_dtype=following.dtype if following else "native",
         compress=following.compress if following else "none",
-        before=normalise(plan.input, device) if k == 0 else None,
+        before=normalise(plan.input, where) if k == 0 else None,
         after=top_k(plan.top_k) if last and plan.top_k else None,
     )
-    return Forward(stage, metrics)
+    return Forward(stage, metrics, timed=timed)
 
 
 def _program(folder: Path, name: str, device: torch.device) -> Program:
@@ -69,5 +79,5 @@ def _share(spec: PipelineSpec) -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    workers = sum(stage.replicas for stage in spec.stages if stage.device == "cpu")
+    workers = sum(stage.devices.count("cpu") for stage in spec.stages)
     return max(1, cores // max(1, workers))

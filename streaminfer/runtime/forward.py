@@ -25,6 +25,7 @@ from streaminfer.metrics import StageMetrics
 from streaminfer.parallel import Program, check_inputs
 from streaminfer.plan import CAST, StagePlan, TensorSpec
 from streaminfer.runtime.rows import DTYPES, NAMES, as_bytes, select, view
+from streaminfer.runtime.speed import measured
 from streaminfer.runtime.steps import Item, Result, Settled
 from streaminfer.spec import BatchSpec
 from streaminfer.transport import TopicPartition
@@ -74,7 +75,12 @@ class Forward:
     """One stage's step. Its calls overlap; its device computes one batch at a time."""
 
     def __init__(
-        self, stage: Stage, metrics: StageMetrics, *, clock: Callable[[], float] = time.time
+        self,
+        stage: Stage,
+        metrics: StageMetrics,
+        *,
+        timed: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._stage, self._metrics, self._clock = stage, metrics, clock
         self._limit = stage.batch.max  # falls when the device's memory was not enough
@@ -85,6 +91,9 @@ class Forward:
         self._batcher: asyncio.Task[None] | None = None
         self._batches: set[asyncio.Task[None]] = set()
         self._program: Program | None = None
+        self._timed = timed
+        self.device = stage.device
+        self.speed: float | None = None  # samples per second of full batches, if `timed`
 
     async def start(self) -> None:
         """Load the stage's own weights and run batches of zeros through it."""
@@ -242,16 +251,19 @@ class Forward:
         if any(n is None for shape in shapes for n in shape):
             return  # sizes that only the data settles
         for rows in (1, self._limit):  # the first batch of a size makes the kernels choose
-            self._forward(
-                {
-                    spec.name: torch.zeros(
-                        (rows, *(n or 1 for n in spec.shape[1:])),
-                        dtype=DTYPES[spec.dtype],
-                        device=self._stage.device,
-                    )
-                    for spec in self._stage.plan.inputs
-                }
-            )
+            self._forward(self._zeros(rows))
+        if self._timed:
+            rows = self._limit
+            self.speed = measured(rows, lambda: self._forward(self._zeros(rows)))
+
+    def _zeros(self, rows: int) -> dict[str, torch.Tensor]:
+        return {
+            spec.name: torch.zeros(
+                (rows, *(n or 1 for n in spec.shape[1:])),
+                dtype=DTYPES[spec.dtype],
+            ).to(self._stage.device)
+            for spec in self._stage.plan.inputs
+        }
 
     def _compute(self, calls: Sequence[_Call]) -> list[_Done]:
         envelopes = [call.envelope for call in calls]

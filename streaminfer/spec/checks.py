@@ -23,6 +23,7 @@ __all__ = [
     "input_problems",
     "nearest",
     "refuse",
+    "replica_problems",
     "stage_problems",
     "topic_problems",
 ]
@@ -100,6 +101,26 @@ def edge_problems(spec: PipelineSpec) -> Iterator[Problem]:
                 ("stages", i, "replicas"),
                 f"{stage.replicas}, but {before.name!r} in the same worker has {before.replicas}",
                 "stages joined by a local edge run together: give them the same number",
+            )
+
+
+def replica_problems(spec: PipelineSpec) -> Iterator[Problem]:
+    """Lists have one entry for each replica, and a worker has one share in its group."""
+    for i, stage in enumerate(spec.stages):
+        for key, value in (("device", stage.device), ("shares", stage.shares)):
+            if isinstance(value, tuple) and len(value) != stage.places:
+                yield Problem(
+                    ("stages", i, key),
+                    f"{len(value)} in the list for {stage.places} replica(s) of {stage.name!r}",
+                    f"list {stage.places}"
+                    + (", or name one device for all" if key == "device" else "")
+                    + f"; or replicas: {len(value)}",
+                )
+        if i and stage.shares is not None and spec.edge(stage.name).transport == "local":
+            yield Problem(
+                ("stages", i, "shares"),
+                f"{stage.name!r} shares a worker with the stage before it, and that has a share",
+                "say it at the worker's first stage",
             )
 
 

@@ -27,7 +27,7 @@ from streaminfer.spec import checks
 from streaminfer.spec.checks import Problem, did_you_mean, refuse
 from streaminfer.spec.units import (
     Channels,
-    Device,
+    Devices,
     Duration,
     Factory,
     FileName,
@@ -35,6 +35,7 @@ from streaminfer.spec.units import (
     Name,
     Positive,
     Prefix,
+    Shares,
     Size,
     Topic,
     Version,
@@ -123,14 +124,30 @@ class BatchSpec(_Frozen):
 
 
 class StageSpec(_Frozen):
-    """Consecutive layers on one device; `until` is the last one, inclusive."""
+    """Consecutive layers on a device; `until` is the last one, inclusive.
+
+    `device`: one for all replicas, or a list with one for each. `shares`: what part of the
+    partitions each replica gets, as relative speeds; "measured" lets each time itself when it
+    starts. By default measured if the devices are unlike, else equal.
+    """
 
     name: Name
     until: FileName | None = None
-    device: Device = "cpu"
+    device: Devices = "cpu"
     replicas: Positive = 1
+    shares: Shares | None = None
     threads: Positive | None = None
     batch: BatchSpec | None = None
+
+    @property
+    def places(self) -> int:
+        """How many devices and shares a list of them has to name."""
+        return self.replicas
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each place."""
+        return (self.device,) * self.places if isinstance(self.device, str) else self.device
 
 
 class EdgeSpec(_Frozen):
@@ -215,6 +232,7 @@ class PipelineSpec(_Frozen):
             chain(
                 checks.stage_problems(self),
                 checks.edge_problems(self),
+                checks.replica_problems(self),
                 checks.example_problems(self),
                 checks.topic_problems(self),
             )

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 __all__ = [
     "Channels",
     "Device",
+    "Devices",
     "Duration",
     "Factory",
     "FileName",
@@ -22,6 +23,7 @@ __all__ = [
     "Name",
     "Positive",
     "Prefix",
+    "Shares",
     "Size",
     "Topic",
     "Version",
@@ -101,6 +103,31 @@ def _labels(value: object) -> object:
     return tuple(words)
 
 
+def _devices(value: object) -> object:
+    one = re.compile(DEVICE)
+    words = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not words or not all(isinstance(word, str) and one.fullmatch(word) for word in words):
+        raise ValueError("expected cpu, cuda, cuda:N or mps, or a list of them")
+    return words if isinstance(value, list | tuple) else value
+
+
+def _shares(value: object) -> object:
+    if value in ("equal", "measured"):
+        return value
+    try:
+        numbers = tuple(
+            float(share)
+            for share in (value if isinstance(value, list | tuple) else ())
+            if not isinstance(share, bool)
+        )
+    except (TypeError, ValueError):
+        numbers = ()
+    fits = isinstance(value, list | tuple) and len(numbers) == len(value)
+    if not numbers or not fits or not all(math.isfinite(n) and n > 0 for n in numbers):
+        raise ValueError('expected "measured", "equal", or a list of numbers above 0')
+    return numbers
+
+
 Size = Annotated[
     int,
     BeforeValidator(parse_size, json_schema_input_type=int | Annotated[str, Field(pattern=SIZE)]),
@@ -130,6 +157,20 @@ Device = Annotated[
     str,
     _like(DEVICE, "cpu, cuda, cuda:N or mps"),
     Field(json_schema_extra={"pattern": DEVICE}),
+]
+Devices = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(
+        _devices, json_schema_input_type=Device | Annotated[tuple[Device, ...], Field(min_length=1)]
+    ),
+]
+Shares = Annotated[
+    Literal["measured", "equal"] | tuple[float, ...],
+    BeforeValidator(
+        _shares,
+        json_schema_input_type=Literal["measured", "equal"]
+        | Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)],
+    ),
 ]
 Factory = Annotated[
     str,
