@@ -22,6 +22,7 @@ from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes, Raw
 from streaminfer.runtime.sink import Order, watermark
 from streaminfer.runtime.speed import combined
+from streaminfer.runtime.spread import Spread
 from streaminfer.runtime.steps import Step, chain
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec, PipelineSpec
@@ -29,6 +30,7 @@ from streaminfer.telemetry import serve
 from streaminfer.topology import SINK, Topology, WorkerSpec, build, topic_specs, window
 from streaminfer.transport import Admin, Consumer, Listener, Producer, TopicPartition, Transport
 from streaminfer.transport.memory import MemoryTransport
+from streaminfer.wire import Patience
 
 __all__ = ["Deployment", "LocalPipeline", "run_worker"]
 
@@ -91,6 +93,7 @@ class Deployment:
             target=role.target,
             sink=self.topology.sink_topic,
             max_record_bytes=self.spec.kafka.max_record_bytes,
+            spread=Spread(self.partitions) if self.topology.balances(role) else None,
         )
 
     def _sink(
@@ -118,7 +121,10 @@ class Deployment:
         limits = Limits(samples=self._inflight(role, batch), nbytes=self._budget())
         stage = metrics.stage(role.name)
         if not first:
-            intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
+            intake = Envelopes(
+                role.name, self.plan.digest, stage,
+                max_bytes=self._message_bytes(), patience=self._patience(role),
+            )  # fmt: skip
             return Worker(
                 consume, intake, chain(*steps), outbox, stage, stop,
                 limits=limits, upkeep=Upkeep(self._trimmer(admin)),
@@ -186,6 +192,12 @@ class Deployment:
 
     def _budget(self) -> int:
         return max(self.spec.memory // 4, 16_000_000)
+
+    def _patience(self, role: WorkerSpec) -> Patience | None:
+        """How long a half message may wait: the group notices a death in a session's time."""
+        if not role.balanced:
+            return None
+        return Patience(seconds=max(60.0, 3 * self.spec.kafka.session_timeout))
 
     def _message_bytes(self) -> int:
         """The largest message a stage may be sent: a batch of the widest edge, and its header."""

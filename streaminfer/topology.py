@@ -59,6 +59,7 @@ class WorkerSpec:
     devices: tuple[tuple[str, ...], ...]
     batch: BatchSpec  # of its first stage
     shares: tuple[float, ...] | None = (1.0,)
+    balanced: bool = False  # its source's partitions are not the input's: what feeds it balances
 
     def device(self, stage: str, replica: int) -> str:
         """Return the device of one of its stages in one of its replicas. Raises ConfigError."""
@@ -105,6 +106,10 @@ class Topology:
         raise ConfigError(
             f"no stage {name!r} in pipeline {self.pipeline!r}", hint=did_you_mean(name, known)
         )
+
+    def balances(self, worker: WorkerSpec) -> bool:
+        """Whether a worker spreads its outputs over all partitions of its target."""
+        return any(w.balanced and w.source == worker.target for w in self.workers)
 
     def inner_topics(self) -> tuple[str, ...]:
         """Return the topics between stages, in order; they belong to this plan alone."""
@@ -203,6 +208,7 @@ def build(spec: PipelineSpec, plan: Plan) -> Topology:
             devices=_devices(spec, names),
             batch=spec.batch_of(names[0]),
             shares=_shares(spec, names),
+            balanced=spec.edge(names[0]).partitioning == "balance",
         )
         for names, source, target, group in zip(groups, sources, targets, readers, strict=True)
     ]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from streaminfer.metrics import StageMetrics
+from streaminfer.runtime.spread import Spread
 from streaminfer.runtime.steps import Result
 from streaminfer.transport import Outgoing, Position, Producer
 from streaminfer.wire import Envelope, records
@@ -19,7 +20,11 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Where a worker's results leave: outputs to the next stage, outcomes to the sink."""
+    """Where a worker's results leave: outputs to the next stage, outcomes to the sink.
+
+    `spread` chooses the partitions of the outputs; None: they keep the origin's. What goes to the
+    sink always keeps it: order is restored there by partition.
+    """
 
     def __init__(
         self,
@@ -29,9 +34,11 @@ class Outbox:
         target: str,
         sink: str,
         max_record_bytes: int = 900_000,
+        spread: Spread | None = None,
     ) -> None:
         self._producer, self._metrics = producer, metrics
         self._target, self._sink, self._max_bytes = target, sink, max_record_bytes
+        self._spread = spread
         self._sender = asyncio.Lock()  # one sender at a time keeps the order within a partition
 
     async def publish(self, result: Result) -> None:
@@ -41,24 +48,30 @@ class Outbox:
         """
         began = time.perf_counter()
         outgoing = [*result.answers]
-        for topic, envelopes in ((self._target, result.outputs), (self._sink, result.outcomes)):
-            for envelope in envelopes:
-                outgoing += self._records(topic, envelope)
+        for envelope in result.outputs:
+            outgoing += self._records(self._target, envelope, self._spread)
+        for envelope in result.outcomes:
+            outgoing += self._records(self._sink, envelope)
         acks: list[asyncio.Future[Position]] = []
         async with self._sender:
             acks += [await self._producer.send(record) for record in outgoing]
         await asyncio.gather(*acks)
+        if self._spread is not None:
+            self._spread.acked(result.outputs)
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
         self._count(outgoing)
         if result.acked is not None:
             result.acked()
 
-    def _records(self, topic: str, envelope: Envelope) -> list[Outgoing]:
-        """Encode an envelope; its records go to the origin's partition, in order."""
-        return [
-            Outgoing(topic, value, None, envelope.partition, headers)
-            for headers, value in records(envelope, self._max_bytes)
-        ]
+    def _records(
+        self, topic: str, envelope: Envelope, spread: Spread | None = None
+    ) -> list[Outgoing]:
+        """Encode an envelope; its records go to one partition, in order."""
+        sent = records(envelope, self._max_bytes)
+        to = envelope.partition
+        if spread is not None:
+            to = spread.place(envelope, sum(len(value) for _, value in sent))
+        return [Outgoing(topic, value, None, to, headers) for headers, value in sent]
 
     def _count(self, outgoing: Sequence[Outgoing]) -> None:
         metrics = self._metrics

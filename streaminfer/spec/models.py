@@ -151,14 +151,28 @@ class StageSpec(_Frozen):
 
 
 class EdgeSpec(_Frozen):
-    """What leads into a stage. `local`: the same worker, tensors as they are."""
+    """What leads into a stage. `local`: the same worker, tensors as they are.
+
+    `partitioning`: micro-batches keep their input partition, or are spread over all of them.
+    """
 
     transport: Literal["kafka", "local"] = "kafka"
     dtype: Literal["native", "float16", "bfloat16"] = "native"
     compress: Literal["none", "zstd", "lz4"] = "none"
+    partitioning: Literal["preserve", "balance"] = "preserve"
 
     @model_validator(mode="after")
     def _local_is_bare(self) -> Self:
+        if self.transport == "local" and self.partitioning != "preserve":
+            refuse(
+                [
+                    Problem(
+                        ("partitioning",),
+                        "a local edge has no partitions to balance",
+                        "drop it, or transport: kafka",
+                    )
+                ]
+            )
         if self.transport == "local" and (self.dtype, self.compress) != ("native", "none"):
             key = "dtype" if self.dtype != "native" else "compress"
             refuse([Problem((key,), "a local edge carries tensors as they are", f"drop {key}")])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError, TopicError
 from streaminfer.plan import Edge, Plan, StagePlan, TensorSpec
+from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
 from streaminfer.topology import SINK, Topology, build, diff, topic_specs, window
 from streaminfer.transport import TopicInfo, TopicSpec
@@ -153,6 +154,25 @@ def test_a_worker_of_several_stages_is_unlike_if_one_of_its_devices_is() -> None
     topology = laid_out(declare("ab", stages=stages, edges={"b": {"transport": "local"}}))
     assert topology.worker("a").share(0) is None
     assert topology.worker("b").device("b", 1) == "cpu"
+
+
+def test_who_feeds_an_edge_that_balances_spreads_and_who_feeds_the_sink_never_does() -> None:
+    """At the sink the partition is the origin's: elsewhere its samples wait for ever."""
+    topology = laid_out(declare("abc", edges={"default": {"partitioning": "balance"}}))
+    assert [w.balanced for w in topology.workers] == [False, True, True, False]
+    assert [topology.balances(w) for w in topology.workers] == [True, True, False, False]
+    topology = laid_out(declare("abc", edges={"c": {"partitioning": "balance"}}))
+    assert [topology.balances(w) for w in topology.workers] == [False, True, False, False]
+
+
+def test_balancing_is_outside_the_plan() -> None:
+    """It changes no number: it may be switched on without building anew."""
+    model = {"factory": "torchvision.models:resnet18", "example": [3, 8, 8]}
+    one, two, other = (
+        source_key(declare("ab", model=model, edges={"b": edge}))
+        for edge in ({}, {"partitioning": "balance"}, {"dtype": "float16"})
+    )
+    assert one == two != other
 
 
 def test_all_in_one_worker_has_no_inner_topic() -> None:

@@ -66,6 +66,13 @@ def test_a_local_edge_carries_tensors_as_they_are() -> None:
         declare(edges={"b": {"transport": "local", "compress": "lz4"}})
 
 
+def test_a_local_edge_has_nothing_to_balance() -> None:
+    with pytest.raises(ValidationError, match="no partitions to balance"):
+        declare(edges={"b": {"transport": "local", "partitioning": "balance"}})
+    spec = declare(edges={"default": {"partitioning": "balance"}, "b": {"transport": "local"}})
+    assert [spec.edge(n).partitioning for n in "abc"] == ["preserve", "preserve", "balance"]
+
+
 def test_a_stage_has_its_own_batch_or_the_pipelines() -> None:
     stages = [{"name": "a", "until": "x", "batch": {"max": 4}}, {"name": "b"}]
     spec = declare(stages=stages, batch={"max": 32, "wait": "1ms"})

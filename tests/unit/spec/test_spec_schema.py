@@ -26,8 +26,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 KNOWN = {
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
-    "description", "enum", "exclusiveMinimum", "format", "items", "maximum", "minItems", "minLength", "minimum",
-    "pattern", "properties", "required", "title", "type", "writeOnly",
+    "description", "enum", "exclusiveMinimum", "format", "items", "maximum", "minItems",
+    "minLength", "minimum", "pattern", "properties", "required", "title", "type", "writeOnly",
 }  # fmt: skip
 GOOD: dict[str, Any] = {
     "pipeline": "toy",
