@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 
 from streaminfer.client import Client
 from streaminfer.errors import ConfigError, StreaminferError
@@ -21,6 +21,7 @@ from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes, Raw
 from streaminfer.runtime.sink import Order, watermark
+from streaminfer.runtime.speed import combined
 from streaminfer.runtime.steps import Step, chain
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import PipelineSpec
@@ -30,14 +31,24 @@ from streaminfer.topics import topic_specs, window
 from streaminfer.topology import SINK, Topology, WorkerSpec, build
 from streaminfer.transport import Admin, Consumer, Listener, Producer, TopicPartition, Transport
 from streaminfer.transport.memory import MemoryTransport
+from streaminfer.wire import Patience as HalfMessages
 
 if TYPE_CHECKING:
     from streaminfer.runtime.gather import Patience
 
 __all__ = ["Deployment", "LocalPipeline", "run_worker"]
 
+Consume: TypeAlias = Callable[[Listener], Consumer]
+
 STALE = 60.0  # seconds without a turn of the loop after which /livez says no
 KEPT = 20_000  # answers that the memory bus keeps per partition
+
+
+class _Place(NamedTuple):
+    """One replica of a worker."""
+
+    role: WorkerSpec
+    replica: int
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,19 @@ class Deployment:
 
     @asynccontextmanager
     async def worker(
-        self, name: str, metrics: Metrics, stop: asyncio.Event
+        self, name: str, metrics: Metrics, stop: asyncio.Event, replica: int = 0
     ) -> AsyncIterator[Worker]:
-        """Make the worker of a stage (or "sink") and its connections; run it inside the block."""
+        """Make the worker of a stage (or "sink") and its connections; run it inside the block.
+
+        `replica` says which of its devices and shares are this one's. Raises ConfigError.
+        """
         role = self.topology.worker(name)
         async with self.transport.admin() as admin, self.transport.producer() as producer:
-            make = self._sink if role.name == SINK else self._stage
-            yield make(role, metrics, stop, admin, self._outbox(role, metrics, producer))
+            outbox = self._outbox(role, metrics, producer)
+            if role.name == SINK:
+                yield self._sink(role, metrics, stop, admin, outbox)
+            else:
+                yield self._stage(_Place(role, replica), metrics, stop, admin, outbox)
 
     def _outbox(self, role: WorkerSpec, metrics: Metrics, producer: Producer) -> Outbox:
         return Outbox(
@@ -79,6 +96,7 @@ class Deployment:
             metrics.stage(role.name),
             role.routes,
             max_record_bytes=self.spec.kafka.max_record_bytes,
+            partitions=self.partitions,
         )
 
     def _sink(
@@ -86,7 +104,7 @@ class Deployment:
     ) -> Worker:
         stage = metrics.stage(role.name)
         return Worker(
-            self._consume(role),
+            lambda listener: self.transport.consumer([role.source], role.group, listener),
             Envelopes(role.name, None, stage, max_bytes=self._message_bytes()),
             Order(self.plan, self.topology.output_topic, metrics),
             outbox,
@@ -97,21 +115,25 @@ class Deployment:
         )
 
     def _stage(
-        self, role: WorkerSpec, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
+        self, place: _Place, metrics: Metrics, stop: asyncio.Event, admin: Admin, outbox: Outbox
     ) -> Worker:
-        step = self._compute(role, metrics)
+        role = place.role
+        step, consume = self._compute(place, metrics)
         limits = Limits(samples=self._inflight(role), nbytes=self._budget())
         stage = metrics.stage(role.name)
         if role.source != self.topology.input_topic:
-            intake = Envelopes(role.name, self.plan.digest, stage, max_bytes=self._message_bytes())
+            intake = Envelopes(
+                role.name, self.plan.digest, stage,
+                max_bytes=self._message_bytes(), patience=self._half_messages(role),
+            )  # fmt: skip
             return Worker(
-                self._consume(role), intake, step, outbox, stage, stop,
+                consume, intake, step, outbox, stage, stop,
                 limits=limits, upkeep=Upkeep(self._trimmer(admin, role)),
             )  # fmt: skip
         flow = Window(window(self.spec, self.plan, self.partitions))
         metrics.window.labels(self.spec.pipeline).set(flow.size)
         return Worker(
-            self._consume(role),
+            consume,
             Raw(role.batch, flow),
             chain(self._ingest(flow, metrics), step),
             outbox,
@@ -123,21 +145,39 @@ class Deployment:
             ),
         )
 
-    def _compute(self, role: WorkerSpec, metrics: Metrics) -> Step:
+    def _compute(self, place: _Place, metrics: Metrics) -> tuple[Step, Consume]:
+        """Make a worker's step, and what joins its group with its share once that has started."""
+        from streaminfer.runtime.compute import forward  # torch: only where it computes
+
+        role, replica = place
+        share = role.share(replica)
+        steps = {
+            stage: forward(
+                self.spec, self.plan, self.folder, stage, metrics.stage(stage),
+                device=role.device(stage, replica), timed=share is None,
+            )
+            for stage in role.stages
+        }  # fmt: skip
+
+        def consume(listener: Listener) -> Consumer:
+            weight = share
+            if weight is None:
+                weight = combined((step.device, step.speed) for step in steps.values())
+            metrics.stage(role.name).share(replica, weight)
+            return self.transport.consumer([role.source], role.group, listener, weight=weight)
+
+        return self._joined(role, steps, metrics), consume
+
+    def _joined(self, role: WorkerSpec, steps: Mapping[str, Step], metrics: Metrics) -> Step:
         """Join the stages of a worker; the parts that come through its topic are gathered first."""
-        from streaminfer.runtime.compute import forward  # torch: only a worker that computes
         from streaminfer.runtime.gather import Gather
         from streaminfer.runtime.graph import Graph
 
         stages = [self.plan.stage(name) for name in role.stages]
-        steps = {
-            s.name: forward(self.spec, self.plan, self.folder, s.name, metrics.stage(s.name))
-            for s in stages
-        }
         waits = {stage.name: self._patience(stage) for stage in stages if len(stage.sources) > 1}
         quorums = {name: p.quorum for name, p in waits.items() if p.quorum is not None}
         first = stages[0]
-        made: Step = steps[first.name] if len(stages) == 1 else Graph(stages, steps, quorums)
+        made = steps[first.name] if len(stages) == 1 else Graph(stages, steps, quorums)
         if not role.gathers:
             return made
         return chain(Gather(first, waits[first.name], metrics.stage(first.name)), made)
@@ -165,9 +205,6 @@ class Deployment:
             admin, flow, group=sink.group, topic=sink.source, read=watermark, write=chain_at
         )
 
-    def _consume(self, role: WorkerSpec) -> Callable[[Listener], Consumer]:
-        return lambda listener: self.transport.consumer([role.source], role.group, listener)
-
     def _trimmer(self, admin: Admin, role: WorkerSpec) -> Trimmer:
         kafka = self.spec.kafka
         share = max(1, kafka.history_bytes // self.partitions) if self.history else 0
@@ -179,6 +216,12 @@ class Deployment:
 
     def _budget(self) -> int:
         return max(self.spec.memory // 4, 16_000_000)
+
+    def _half_messages(self, role: WorkerSpec) -> HalfMessages | None:
+        """How long a half message may wait: the group notices a death in a session's time."""
+        if not role.balanced:
+            return None
+        return HalfMessages(seconds=max(60.0, 3 * self.spec.kafka.session_timeout))
 
     def _message_bytes(self) -> int:
         """The largest message a stage may be sent: a batch of the widest edge, and its header."""
@@ -194,6 +237,7 @@ async def run_worker(
     port: int,
     host: str,
     said: Callable[[str], None],
+    replica: int = 0,
 ) -> None:
     """Run one worker with its /metrics until `stop`; `said` gets the address once it is ready."""
     from streaminfer import __version__
@@ -202,7 +246,7 @@ async def run_worker(
     metrics = Metrics(
         plan.pipeline, version=__version__, model=plan.model, model_version=plan.model_version
     )
-    async with deployment.worker(name, metrics, stop) as worker:
+    async with deployment.worker(name, metrics, stop, replica) as worker:
 
         def live() -> bool:
             return not worker.polled or time.monotonic() - worker.polled < STALE
@@ -251,8 +295,8 @@ class LocalPipeline:
         )
         try:
             for role in topology.workers:
-                for _ in range(role.replicas):
-                    context = deployment.worker(role.name, self.metrics, self._stop)
+                for replica in range(role.replicas):
+                    context = deployment.worker(role.name, self.metrics, self._stop, replica)
                     worker = await self._stack.enter_async_context(context)
                     self._workers.append(worker)
                     self._tasks.append(asyncio.create_task(worker.run(), name=role.name))

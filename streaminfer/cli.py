@@ -91,6 +91,12 @@ def worker(
     pipeline: Pipeline,
     stage: Annotated[str | None, typer.Option(metavar="NAME", help="The stage to run.")] = None,
     sink: Annotated[bool, typer.Option("--sink", help="Run the sink.")] = False,
+    replica: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Which of the stage's devices and shares are its own, from 0."
+        ),
+    ] = None,
     kafka: Kafka = None,
     plan: PlanDir = None,
     random_weights: Random = False,
@@ -106,7 +112,12 @@ def worker(
     spec = _load(pipeline, kafka)
     _await(
         commands.worker(
-            spec, stage or "sink", plan=plan, random_weights=random_weights, port=metrics_port
+            spec,
+            stage or "sink",
+            plan=plan,
+            random_weights=random_weights,
+            port=metrics_port,
+            replica=replica,
         )
     )
 

@@ -102,6 +102,9 @@ class Metrics:
         )
         self.paused = self._gauge("stage_paused", "1 while the window holds the input", stage)
         self.ready = self._gauge("stage_ready", "1 while this worker can take work", stage)
+        self.share_weight = self._gauge(
+            "stage_share_weight", "Weight that this replica asks its share for", (*stage, "replica")
+        )
         self.last_success = self._gauge(
             "stage_last_success_timestamp_seconds", "When a commit last went through", stage
         )
@@ -236,6 +239,10 @@ class StageMetrics:
         where = (*self._labels, topic, str(partition))
         self.all.lag.labels(*where).set(records)
         self.all.lag_seconds.labels(*where).set(seconds)
+
+    def share(self, replica: int, weight: float) -> None:
+        """Say with what weight a replica joined its group."""
+        self.all.share_weight.labels(*self._labels, str(replica)).set(weight)
 
     def no_lag(self, topic: str, partition: int) -> None:
         """Forget a partition that another member has now."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from streaminfer.errors import ConfigError, TopicError
 from streaminfer.plan import Plan, StagePlan
@@ -32,6 +32,7 @@ class Route(NamedTuple):
 
     topic: str
     tensors: tuple[str, ...] = ()
+    balance: bool = False  # spread over the partitions; else each keeps the input's
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class Routes:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker: what it runs, reads and feeds. `devices` has one for each of `stages`."""
+    """One worker: what it runs, reads and feeds.
+
+    `devices` has, for each of `stages`, the device of every replica. `shares` are the replicas'
+    relative speeds as declared; None: each measures its own.
+    """
 
     name: str
     stages: tuple[str, ...]  # joined by local edges; () for the sink
@@ -55,9 +60,35 @@ class WorkerSpec:
     routes: Routes
     batch: BatchSpec  # of its first stage
     replicas: int = 1
-    devices: tuple[str, ...] = ()
+    devices: tuple[tuple[str, ...], ...] = ()
+    shares: tuple[float, ...] | None = (1.0,)
     gathers: bool = False  # its source has the parts of its first stage
     sharers: tuple[str, ...] = ()  # other groups that read its source
+    balanced: bool = False  # its source's partitions are not the input's: what feeds it balances
+
+    def device(self, stage: str, replica: int) -> str:
+        """Return the device of one of its stages in one of its replicas. Raises ConfigError."""
+        return self.devices[self.stages.index(stage)][self._known(replica)]
+
+    def share(self, replica: int) -> float | None:
+        """Return a replica's share; None: it measures its speed. Raises ConfigError."""
+        return None if self.shares is None else self.shares[self._known(replica)]
+
+    def _known(self, replica: int) -> int:
+        """Return the number of a replica, if there is one of that number. Raises ConfigError."""
+        if 0 <= replica < self.replicas:
+            return replica
+        raise ConfigError(
+            f"{self.name} has no replica {replica}: they are numbered from 0 to"
+            f" {self.replicas - 1}",
+            where="--replica",
+            hint=f"replicas: {replica + 1} in the pipeline file" if replica > 0 else "",
+        )
+
+    @property
+    def unlike(self) -> bool:
+        """Whether it matters which replica one is: their devices or shares differ."""
+        return _unlike(self.devices) or len(set(self.shares or ())) > 1
 
 
 @dataclass(frozen=True)
@@ -179,17 +210,44 @@ class _Layout:
                 sender=last.name if first.gather else "",
                 voice=self._plan.voice(first.name),
             ),
-            replicas=self._spec.stage(real.path).replicas if real else 1,
-            devices=tuple(self._spec.stage(s.path).device_of(s.part) for s in group),
             batch=self._spec.batch_of(first.path),
             gathers=len(first.sources) > 1,
+            balanced=self._is_balanced(first),
+            **self._replicas(group, real),
         )
+
+    def _replicas(self, group: Sequence[StagePlan], real: StagePlan | None) -> _Replicas:
+        """Return what a worker has for each of its replicas; what only joins parts has one."""
+        if real is None:
+            return {"replicas": 1, "devices": (("cpu",),) * len(group), "shares": (1.0,)}
+        declared = self._spec.stage(real.path)
+        devices = tuple(
+            ("cpu",) * declared.replicas
+            if s.kind == "scatter"
+            else _first(self._spec.stage(s.path).devices_of(s.part), declared.replicas)
+            for s in group
+        )
+        shares: tuple[float, ...] | None = (1.0,) * declared.replicas
+        if isinstance(declared.shares, tuple):
+            shares = declared.shares
+        elif declared.shares == "measured" or (declared.shares is None and _unlike(devices)):
+            shares = None
+        return {"replicas": declared.replicas, "devices": devices, "shares": shares}
+
+    def _is_balanced(self, first: StagePlan) -> bool:
+        """Whether what feeds a stage spreads its micro-batches: never before a gather."""
+        one = first.kind in ("stage", "part") and bool(first.sources)
+        return one and self._spec.edge(first.path).partitioning == "balance"
 
     def _outputs(self, stage: StagePlan) -> tuple[Route, ...]:
         """Return a route for every topic that takes something of the last stage of a worker."""
         every = tuple(spec.name for spec in stage.outputs)
         routes = {
-            Route(self._topic(taker), () if tensors == every else tensors): None
+            Route(
+                self._topic(taker),
+                () if tensors == every else tensors,
+                self._is_balanced(taker),
+            ): None
             for taker, tensors in self._plan.consumers(stage.name)
         }
         return tuple(routes) or (Route(self._sink),)
@@ -205,6 +263,21 @@ class _Layout:
                 shared = first.path if first.kind == "part" else first.path.partition(".")[0]
                 return f"{self._inner}.{shared}"
         return f"{self._inner}.{first.name}"
+
+
+class _Replicas(TypedDict):
+    replicas: int
+    devices: tuple[tuple[str, ...], ...]
+    shares: tuple[float, ...] | None
+
+
+def _first(devices: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return a device for each of so many replicas: a gather's parts may have fewer or more."""
+    return devices if len(devices) == count else devices[:1] * count
+
+
+def _unlike(devices: tuple[tuple[str, ...], ...]) -> bool:
+    return any(len(set(places)) > 1 for places in devices)
 
 
 def unequal(topic: str, have: int, want: int) -> str:

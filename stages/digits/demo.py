@@ -42,7 +42,7 @@ async def main(serve: bool) -> int:
     spec = load(YAML)
     folder, plan = plan_of(spec, None, False)
     images = scans()
-    devices = " ".join(s.device_of() for s in spec.stages)
+    devices = " ".join(device for s in spec.stages for device in s.devices)
     console.print(
         f"[bold]streaminfer[/]  pipeline {plan.pipeline}  bus memory  devices {devices}  "
         f"model {plan.model}@{plan.model_version}  plan {plan.digest[:8]}"

@@ -16,7 +16,7 @@ from streaminfer.commands.plans import plan_of, topics_apply
 from streaminfer.errors import ConfigError
 from streaminfer.launcher import Command, Launcher, free_ports, scrape_targets
 from streaminfer.plan import Plan
-from streaminfer.topology import build
+from streaminfer.topology import WorkerSpec, build
 from streaminfer.transport.kafka import tune_malloc
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _worker_commands(
     commands = []
     for (role, k), port in zip(roles, ports, strict=True):
         what = ["--stage", role.stages[0]] if role.stages else ["--sink"]
+        what += ["--replica", str(k)] if role.replicas > 1 else []
         random = ["--random-weights"] if random_weights else []
         arguments = ["worker", str(spec.path), *what, "--plan", str(folder), *random]
         arguments += ["--metrics-port", str(port), "--kafka", spec.kafka.bootstrap or ""]
@@ -117,13 +118,20 @@ def _worker_commands(
 
 
 async def worker(
-    spec: PipelineSpec, stage: str, *, plan: Path | None, random_weights: bool, port: int | None
+    spec: PipelineSpec,
+    stage: str,
+    *,
+    plan: Path | None,
+    random_weights: bool,
+    port: int | None,
+    replica: int | None,
 ) -> None:
-    """Run one worker on Kafka until SIGTERM."""
+    """Run one worker on Kafka until SIGTERM. Raises ConfigError if it is not clear which one."""
     tune_malloc()
     _log_to(sys.stderr)
     # a plan that is named is taken as it is: a worker needs neither the model's code nor weights
     folder, made = (plan, Plan.load(plan)) if plan else plan_of(spec, plan, random_weights)
+    which = _replica(build(spec, made).worker(stage), replica)
     transport = connect(spec)
     deployment = await Deployment.open(spec, made, folder, transport)
     await run_worker(
@@ -132,8 +140,22 @@ async def worker(
         on_signals(),
         host=spec.metrics.host,
         port=spec.metrics.port if port is None else port,
+        replica=which,
         said=lambda address: print(f"ready  worker {stage}  metrics {address}/metrics", flush=True),
     )
+
+
+def _replica(role: WorkerSpec, number: int | None) -> int:
+    """Return which replica a worker is; one that is like all others needs no number."""
+    if number is None and role.unlike:
+        raise ConfigError(
+            f"the {role.replicas} replicas of {role.name} have devices or shares of their own:"
+            " which one is this?",
+            where="--replica",
+            hint=f"a number from 0 to {role.replicas - 1}",
+        )
+    role.share(number or 0)  # there is one of this number
+    return number or 0
 
 
 def targets(spec: PipelineSpec) -> str:

@@ -19,8 +19,11 @@ from streaminfer.parallel.capture import capture
 from streaminfer.parallel.fan import Fan
 from streaminfer.parallel.fuse import Fuse
 from streaminfer.parallel.graphs import example, identity, renamed
+from streaminfer.parallel.patches import approximate_tiles
 from streaminfer.parallel.pipeline import Cutter, StageGraph
 from streaminfer.parallel.signature import Port
+from streaminfer.parallel.spatial import split_tiles
+from streaminfer.parallel.tensor import split_channels
 from streaminfer.plan import PRESENT, Edge, Source
 from streaminfer.planning.factory import example_batch
 from streaminfer.spec import ModelSpec, PipelineSpec
@@ -159,9 +162,6 @@ class _Lowering:
         return before.kind == "gather" and self._spec.edge(before.path).transport == "kafka"
 
     def _split(self, cutter: Cutter, stage: PartSpec, first: int, last: int) -> Fan:
-        from streaminfer.parallel.spatial import approximate_tiles, split_tiles
-        from streaminfer.parallel.tensor import split_channels
-
         split = stage.split
         assert split is not None  # noqa: S101 - asked by the caller
         if split.by == "channels":

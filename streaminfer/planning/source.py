@@ -18,7 +18,7 @@ from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = ["ensure", "file_of_factory", "source_key"]
 
-PLACED = dict.fromkeys(("device", "replicas", "threads", "batch", "deadline"), True)
+PLACED = dict.fromkeys(("device", "replicas", "threads", "batch", "deadline", "shares"), True)
 PLACEMENT: Any = {
     **PLACED,
     "quorum": True,
@@ -87,11 +87,16 @@ def _declared(spec: PipelineSpec, random_weights: bool) -> dict[str, object]:
         "models": [model.model_dump(mode="json") for model in _models(spec)],
         "input": spec.input.model_dump(mode="json"),
         "stages": [stage.model_dump(mode="json", exclude=PLACEMENT) for stage in spec.stages],
-        "edges": {path: spec.edge(path).model_dump(mode="json") for path in spec.placed()},
+        "edges": {path: _edge(spec, path) for path in spec.placed()},
         "output": (spec.output.top_k, spec.output.labels),
         "random_weights": random_weights,
         "packages": sorted({text for model in _models(spec) for text in _packages(model)}),
     }
+
+
+def _edge(spec: PipelineSpec, path: str) -> tuple[str, ...]:
+    edge = spec.edge(path)
+    return edge.transport, edge.dtype, edge.compress
 
 
 def _models(spec: PipelineSpec) -> list[ModelSpec]:

@@ -22,26 +22,36 @@ __all__ = ["device_of", "forward"]
 
 
 def forward(
-    spec: PipelineSpec, plan: Plan, folder: Path, name: str, metrics: StageMetrics
+    spec: PipelineSpec,
+    plan: Plan,
+    folder: Path,
+    name: str,
+    metrics: StageMetrics,
+    *,
+    device: str,
+    timed: bool = False,
 ) -> Forward:
-    """Make the step of one stage; it loads when it starts. Raises ConfigError for its device."""
+    """Make the step of one stage; it loads when it starts, and measures its speed if `timed`.
+
+    Raises ConfigError if this machine has no such device.
+    """
     stage, placed = plan.stage(name), spec.stage(plan.stage(name).path)
-    device = device_of("cpu" if stage.kind == "scatter" else placed.device_of(stage.part))
+    where = device_of(device)
     takers = plan.consumers(name)
     following = takers[0][0].edge if takers else Edge()
     made = Stage(
         plan=stage,
-        load=lambda: _program(stage_files(folder, name), device),
-        device=device,
+        load=lambda: _program(stage_files(folder, name), where),
+        device=where,
         threads=placed.threads or _share(spec, plan),
         batch=spec.batch_of(stage.path),
         out_dtype=following.dtype,
         compress=following.compress,
-        before=normalise(plan.input, device) if stage.pixels else None,
+        before=normalise(plan.input, where) if stage.pixels else None,
         after=top_k(plan.top_k) if not takers and plan.top_k else None,
-        exit=_exit(plan, folder, stage, device),
+        exit=_exit(plan, folder, stage, where),
     )
-    return Forward(made, metrics)
+    return Forward(made, metrics, timed=timed)
 
 
 def _program(files: tuple[Path, Path], device: torch.device) -> Program:
@@ -86,5 +96,5 @@ def _share(spec: PipelineSpec, plan: Plan) -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     placed = [(s, spec.stage(s.path)) for s in plan.stages if s.kind in ("stage", "part")]
-    busy = sum(p.replicas for s, p in placed if p.device_of(s.part) == "cpu")
+    busy = sum(p.devices_of(s.part).count("cpu") for s, p in placed)
     return max(1, cores // max(1, busy))

@@ -20,6 +20,7 @@ from streaminfer.metrics import StageMetrics
 from streaminfer.parallel import Program, check_inputs
 from streaminfer.plan import CAST, StagePlan, TensorSpec
 from streaminfer.runtime.rows import DTYPES, NAMES, as_bytes, select, view
+from streaminfer.runtime.speed import measured
 from streaminfer.spec import BatchSpec
 from streaminfer.wire import Envelope, Failure, Tensor, compress, decompress
 
@@ -68,8 +69,9 @@ class Done:
 class Device:
     """One stage on its device. Called from one thread."""
 
-    def __init__(self, stage: Stage, metrics: StageMetrics) -> None:
-        self._stage, self._metrics = stage, metrics
+    def __init__(self, stage: Stage, metrics: StageMetrics, *, timed: bool = False) -> None:
+        self._stage, self._metrics, self._timed = stage, metrics, timed
+        self.speed: float | None = None  # samples per second of full batches, if `timed`
         self.limit = stage.batch.max  # falls when the device's memory was not enough
         self._program: Program | None = None
         self._exit: Program | None = None
@@ -84,16 +86,18 @@ class Device:
         if any(n is None for shape in shapes for n in shape):
             return  # sizes that only the data settles
         for rows in (1, self.limit):  # the first batch of a size makes the kernels choose
-            self._forward(
-                {
-                    spec.name: torch.zeros(
-                        (rows, *(n or 1 for n in spec.shape[1:])),
-                        dtype=DTYPES[spec.dtype],
-                        device=self._stage.device,
-                    )
-                    for spec in self._stage.plan.inputs
-                }
-            )
+            self._forward(self._zeros(rows))
+        if self._timed:
+            rows = self.limit
+            self.speed = measured(rows, lambda: self._forward(self._zeros(rows)))
+
+    def _zeros(self, rows: int) -> Outputs:
+        return {
+            spec.name: torch.zeros(
+                (rows, *(n or 1 for n in spec.shape[1:])), dtype=DTYPES[spec.dtype]
+            ).to(self._stage.device)
+            for spec in self._stage.plan.inputs
+        }
 
     def drop(self) -> None:
         """Free the weights."""

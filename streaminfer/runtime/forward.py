@@ -40,7 +40,12 @@ class Forward(Plain):
     """One stage's step. Its calls overlap; its device computes one batch at a time."""
 
     def __init__(
-        self, stage: Stage, metrics: StageMetrics, *, clock: Callable[[], float] = time.time
+        self,
+        stage: Stage,
+        metrics: StageMetrics,
+        *,
+        timed: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._stage, self._metrics, self._clock = stage, metrics, clock
         self._device = Device(stage, metrics)
@@ -50,6 +55,13 @@ class Forward(Plain):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"device-{stage.plan.name}")
         self._batcher: asyncio.Task[None] | None = None
         self._batches: set[asyncio.Task[None]] = set()
+        self._device = Device(stage, metrics, timed=timed)
+        self.device = stage.device
+
+    @property
+    def speed(self) -> float | None:
+        """Samples per second of full batches, once it has started, if `timed`."""
+        return self._device.speed
 
     async def start(self) -> None:
         """Load the stage's own weights and run batches of zeros through it."""

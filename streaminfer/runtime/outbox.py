@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from streaminfer.metrics import StageMetrics
+from streaminfer.runtime.spread import Spread
 from streaminfer.runtime.steps import Result
 from streaminfer.topology import Routes
 from streaminfer.transport import Outgoing, Position, Producer
@@ -21,7 +22,11 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Where a worker's results leave: outputs by their routes, outcomes to who answers for them."""
+    """Where a worker's results leave: outputs by their routes, outcomes to who answers for them.
+
+    A route that balances chooses the partitions; others keep the origin's, so that order can be
+    restored and parts can meet.
+    """
 
     def __init__(
         self,
@@ -30,9 +35,13 @@ class Outbox:
         routes: Routes,
         *,
         max_record_bytes: int = 900_000,
+        partitions: int = 1,
     ) -> None:
         self._producer, self._metrics = producer, metrics
         self._routes, self._max_bytes = routes, max_record_bytes
+        self._spreads = {
+            route.topic: Spread(partitions) for route in routes.outputs if route.balance
+        }
         self._sender = asyncio.Lock()  # one sender at a time keeps the order within a partition
 
     async def publish(self, result: Result) -> None:
@@ -43,26 +52,29 @@ class Outbox:
         began = time.perf_counter()
         outgoing = [*result.answers]
         for envelope in result.outputs:
-            for topic, tensors in self._routes.outputs:
+            for topic, tensors, _ in self._routes.outputs:
                 kept = {name: envelope.tensors[name] for name in tensors or envelope.tensors}
                 sent = replace(envelope, tensors=kept, sender=self._routes.sender)
-                outgoing += self._records(topic, sent)
+                outgoing += self._records(topic, sent, envelope)
         for envelope in result.outcomes:
             sent = replace(envelope, sender=self._routes.voice)
-            outgoing += self._records(self._routes.outcomes, sent)
+            outgoing += self._records(self._routes.outcomes, sent, envelope)
         acks: list[asyncio.Future[Position]] = []
         async with self._sender:
             acks += [await self._producer.send(record) for record in outgoing]
         await asyncio.gather(*acks)
+        for spread in self._spreads.values():
+            spread.acked(result.outputs)
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
         self._count(outgoing)
 
-    def _records(self, topic: str, envelope: Envelope) -> list[Outgoing]:
-        """Encode an envelope; its records go to the origin's partition, in order."""
-        return [
-            Outgoing(topic, value, None, envelope.partition, headers)
-            for headers, value in records(envelope, self._max_bytes)
-        ]
+    def _records(self, topic: str, envelope: Envelope, of: Envelope) -> list[Outgoing]:
+        """Encode an envelope made `of` another; its records go to one partition, in order."""
+        sent = records(envelope, self._max_bytes)
+        to = envelope.partition
+        if spread := self._spreads.get(topic):
+            to = spread.place(of, sum(len(value) for _, value in sent))
+        return [Outgoing(topic, value, None, to, headers) for headers, value in sent]
 
     def _count(self, outgoing: Sequence[Outgoing]) -> None:
         metrics = self._metrics

@@ -18,7 +18,7 @@ from streaminfer.runtime.flow import Window
 from streaminfer.runtime.steps import Item
 from streaminfer.spec import BatchSpec
 from streaminfer.transport import Position, Record, TopicPartition
-from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Sample, decode
+from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Patience, Sample, decode
 
 __all__ = ["Envelopes", "Intake", "Raw"]
 
@@ -108,14 +108,21 @@ class Envelopes:
     """Puts chunks together and decodes; what is broken becomes an outcome for its samples.
 
     `digest` None takes envelopes of any plan (the sink belongs to the pipeline, not to a plan).
+    `patience` is for an edge that balances: how long a message waits for its last chunks.
     """
 
     def __init__(
-        self, stage: str, digest: str | None, metrics: StageMetrics, *, max_bytes: int
+        self,
+        stage: str,
+        digest: str | None,
+        metrics: StageMetrics,
+        *,
+        max_bytes: int,
+        patience: Patience | None = None,
     ) -> None:
         self._stage, self._digest, self._metrics = stage, digest, metrics
         self._max_bytes = max_bytes
-        self._assembler: Assembler[Position] = Assembler(max_bytes)
+        self._assembler: Assembler[Position] = Assembler(max_bytes, patience=patience)
         self._ready: deque[Item] = deque()
         self._settled: list[Position] = []
 
@@ -156,8 +163,11 @@ class Envelopes:
         self._settled = [p for p in self._settled if p.tp not in gone]
 
     def _add(self, record: Record) -> None:
-        message, settled = self._assembler.add(record.position, record.headers, record.value)
-        self._settled += settled
+        added = self._assembler.add(record.position, record.headers, record.value)
+        message = added.message
+        self._settled += added.settled
+        for error in added.given_up:
+            self._broken(error)
         if message is None:
             return
         try:

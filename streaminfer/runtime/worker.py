@@ -68,7 +68,8 @@ class Worker(Listener):
         limits: Limits = Limits(),
         upkeep: Upkeep = NO_UPKEEP,
     ) -> None:
-        self._consumer = consume(self)
+        self._consume = consume  # called once the step has started: it may know its speed then
+        self._consumer: Consumer
         self._intake, self._step, self._outbox, self._metrics = intake, step, outbox, metrics
         self._stop, self._limits = stop, limits
         self._trimmer, self._watches = upkeep
@@ -89,6 +90,7 @@ class Worker(Listener):
         there now is done (tests use it).
         """
         await self._step.start()
+        self._consumer = self._consume(self)
         try:
             async with self._consumer:
                 watching = asyncio.create_task(self._look_after())

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from streaminfer.spec.models import (
+        BranchSpec,
         InputSpec,
         KafkaSpec,
         PartSpec,
@@ -31,6 +32,7 @@ __all__ = [
     "input_problems",
     "nearest",
     "refuse",
+    "replica_problems",
     "split_problems",
     "stage_problems",
     "topic_problems",
@@ -158,13 +160,6 @@ def _branch_problems(
 
 
 def _part_problems(where: tuple[str | int, ...], stage: PartSpec) -> Iterator[Problem]:
-    count = stage.split.count if stage.split else 1
-    if not isinstance(stage.device, str) and len(stage.device) != count:
-        yield Problem(
-            (*where, "device"),
-            f"{len(stage.device)} devices for {count} part(s)",
-            "one for each, or one for all",
-        )
     if stage.split and stage.exit:
         yield Problem((*where, "exit"), "a split stage has no exit", "put it on the stage before")
 
@@ -207,6 +202,40 @@ def _branch_edges(spec: PipelineSpec, path: str, stages: Sequence[PartSpec]) -> 
                 f"kafka within {path!r}, whose branches share a worker",
                 "transport: local here, or kafka into the branches",
             )
+
+
+def replica_problems(spec: PipelineSpec) -> Iterator[Problem]:
+    """Lists have one entry for each replica or part, and a worker has one share in its group."""
+    for i, stage in enumerate(spec.stages):
+        yield from _list_problems(("stages", i), stage)
+        for k, branch in enumerate(stage.branches):
+            yield from _list_problems(("stages", i, "branches", k), branch)
+            for j, part in enumerate(branch.stages):
+                yield from _list_problems(("stages", i, "branches", k, "stages", j), part)
+        if i and stage.shares is not None and spec.edge(stage.name).transport == "local":
+            yield Problem(
+                ("stages", i, "shares"),
+                f"{stage.name!r} shares a worker with the stage before it, and that has a share",
+                "say it at the worker's first stage",
+            )
+
+
+def _list_problems(where: tuple[str | int, ...], stage: PartSpec | BranchSpec) -> Iterator[Problem]:
+    split = stage.places != stage.replicas or bool(getattr(stage, "split", None))
+    for key, value, count in (
+        ("device", stage.device, stage.places),
+        ("shares", stage.shares, stage.replicas),
+    ):
+        if not isinstance(value, tuple) or len(value) == count:
+            continue
+        parts = split and key == "device"
+        other = "" if parts else f"; or replicas: {len(value)}"
+        yield Problem(
+            (*where, key),
+            f"{len(value)} in the list for {count} {'part' if parts else 'replica'}(s) of "
+            f"{stage.name!r}",
+            f"list {count}" + (", or name one device for all" if key == "device" else "") + other,
+        )
 
 
 def example_problems(spec: PipelineSpec) -> Iterator[Problem]:

@@ -36,6 +36,7 @@ from streaminfer.spec.units import (
     Name,
     Positive,
     Prefix,
+    Shares,
     Size,
     Topic,
     Version,
@@ -158,19 +159,33 @@ class ExitSpec(_Frozen):
 
 
 class _Placed(_Frozen):
-    """Where layers run; `device` may be one for each part of a split stage."""
+    """Where layers run.
+
+    `device`: one for all replicas, or a list with one for each (of a split stage: for each part).
+    `shares`: what part of the partitions each replica gets, as relative speeds; "measured" lets
+    each time itself when it starts. By default measured if the devices are unlike, else equal.
+    """
 
     name: Name
     device: Devices = "cpu"
     replicas: Positive = 1
+    shares: Shares | None = None
     threads: Positive | None = None
     batch: BatchSpec | None = None
 
-    def device_of(self, part: int | None = None) -> str:
-        """Return the device of a part, or of all that is not a part."""
-        if isinstance(self.device, str):
-            return self.device
-        return self.device[part or 0]
+    @property
+    def places(self) -> int:
+        """How many devices a list of them has to name."""
+        return self.replicas
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each place."""
+        return (self.device,) * self.places if isinstance(self.device, str) else self.device
+
+    def devices_of(self, part: int | None = None) -> tuple[str, ...]:
+        """Return the device of every replica of a part, or of what is not a part."""
+        return self.devices
 
 
 class PartSpec(_Placed):
@@ -180,6 +195,15 @@ class PartSpec(_Placed):
     split: SplitSpec | None = None
     exit: ExitSpec | None = None
     deadline: Annotated[Duration, at_least(0.001)] = 30.0  # of a gather, for what is missing
+
+    @property
+    def places(self) -> int:
+        """How many devices a list of them has to name: one for each part, or for each replica."""
+        return self.split.count if self.split else self.replicas
+
+    def devices_of(self, part: int | None = None) -> tuple[str, ...]:
+        """Return the device of every replica of a part, or of what is not a part."""
+        return (self.devices[part or 0],) * self.replicas if self.split else self.devices
 
 
 class BranchSpec(_Placed):
@@ -208,14 +232,28 @@ class StageSpec(PartSpec):
 
 
 class EdgeSpec(_Frozen):
-    """What leads into a stage. `local`: the same worker, tensors as they are."""
+    """What leads into a stage. `local`: the same worker, tensors as they are.
+
+    `partitioning`: micro-batches keep their input partition, or are spread over all of them.
+    """
 
     transport: Literal["kafka", "local"] = "kafka"
     dtype: Literal["native", "float16", "bfloat16"] = "native"
     compress: Literal["none", "zstd", "lz4"] = "none"
+    partitioning: Literal["preserve", "balance"] = "preserve"
 
     @model_validator(mode="after")
     def _local_is_bare(self) -> Self:
+        if self.transport == "local" and self.partitioning != "preserve":
+            refuse(
+                [
+                    Problem(
+                        ("partitioning",),
+                        "a local edge has no partitions to balance",
+                        "drop it, or transport: kafka",
+                    )
+                ]
+            )
         if self.transport == "local" and (self.dtype, self.compress) != ("native", "none"):
             key = "dtype" if self.dtype != "native" else "compress"
             refuse([Problem((key,), "a local edge carries tensors as they are", f"drop {key}")])
@@ -290,6 +328,7 @@ class PipelineSpec(_Frozen):
                 checks.stage_problems(self),
                 checks.fan_problems(self),
                 checks.edge_problems(self),
+                checks.replica_problems(self),
                 checks.example_problems(self),
                 checks.topic_problems(self),
             )

@@ -23,6 +23,7 @@ __all__ = [
     "Name",
     "Positive",
     "Prefix",
+    "Shares",
     "Size",
     "Topic",
     "Version",
@@ -93,16 +94,6 @@ def _channels(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _devices(value: object) -> object:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names:
-        raise ValueError("expected cpu, cuda, cuda:N or mps, or a list of them")
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(DEVICE, name):
-            raise ValueError(f"expected cpu, cuda, cuda:N or mps, not {name!r}")
-    return value if isinstance(value, str) else tuple(names)
-
-
 def _labels(value: object) -> object:
     if value is None or isinstance(value, str):
         return value
@@ -110,6 +101,31 @@ def _labels(value: object) -> object:
     if not words or not all(isinstance(word, str) for word in words):
         raise ValueError('expected the path of a text file, "imagenet", or a list of texts')
     return tuple(words)
+
+
+def _devices(value: object) -> object:
+    one = re.compile(DEVICE)
+    words = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not words or not all(isinstance(word, str) and one.fullmatch(word) for word in words):
+        raise ValueError("expected cpu, cuda, cuda:N or mps, or a list of them")
+    return words if isinstance(value, list | tuple) else value
+
+
+def _shares(value: object) -> object:
+    if value in ("equal", "measured"):
+        return value
+    try:
+        numbers = tuple(
+            float(share)
+            for share in (value if isinstance(value, list | tuple) else ())
+            if not isinstance(share, bool)
+        )
+    except (TypeError, ValueError):
+        numbers = ()
+    fits = isinstance(value, list | tuple) and len(numbers) == len(value)
+    if not numbers or not fits or not all(math.isfinite(n) and n > 0 for n in numbers):
+        raise ValueError('expected "measured", "equal", or a list of numbers above 0')
+    return numbers
 
 
 Size = Annotated[
@@ -145,7 +161,15 @@ Device = Annotated[
 Devices = Annotated[
     str | tuple[str, ...],
     BeforeValidator(
-        _devices, json_schema_input_type=Device | Annotated[list[Device], Field(min_length=1)]
+        _devices, json_schema_input_type=Device | Annotated[tuple[Device, ...], Field(min_length=1)]
+    ),
+]
+Shares = Annotated[
+    Literal["measured", "equal"] | tuple[float, ...],
+    BeforeValidator(
+        _shares,
+        json_schema_input_type=Literal["measured", "equal"]
+        | Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)],
     ),
 ]
 Factory = Annotated[

@@ -6,6 +6,7 @@ from streaminfer.wire.chunks import (
     Assembler,
     BrokenMessage,
     Message,
+    Patience,
     records,
     split,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Hop",
     "Message",
     "Origin",
+    "Patience",
     "Sample",
     "Tensor",
     "TensorInput",

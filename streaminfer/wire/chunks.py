@@ -6,18 +6,24 @@ A set is the chunks of one message. What becomes of a record that is added:
     chunk 0 ─▶ set held ─┬─ last chunk, sum ok ──▶ message
                          ├─ sum or header wrong ─▶ BrokenMessage      (the whole set, its origin)
                          ├─ covered ─────────────▶ settled           (others brought its samples)
-                         └─ too many sets ───────▶ BrokenMessage      (the oldest)
+                         ├─ too many sets ───────▶ BrokenMessage      (the oldest)
+                         └─ given up ────────────▶ BrokenMessage      (beside a whole message)
     chunk k > 0 of no set ──────────────────────▶ settled            (its set was done before)
     chunk of a finished set, or held already ───▶ settled            (a repeat)
 
 Chunk 0 is committed only with its set, so whoever starts reading behind a chunk 0 knows that the
 set was done. A set whose sender died stays open: the sender's heir sends the same samples again, in
 a message of another id, and that covers it. Time never ends a set: a slow sender is not a dead one.
+
+Where senders spread messages over the partitions (`Patience`), the heir's may come elsewhere and
+cover nothing here. There a set is given up after a long silence in which many others came: an error
+outcome, which the sink drops if the heir's message was answered, and it was unless all is lost.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +44,16 @@ from streaminfer.wire.headers import (
 )
 from streaminfer.wire.tensors import Buffer
 
-__all__ = ["CHUNK_BYTES", "Added", "Assembler", "BrokenMessage", "Message", "records", "split"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Added",
+    "Assembler",
+    "BrokenMessage",
+    "Message",
+    "Patience",
+    "records",
+    "split",
+]
 
 CHUNK_BYTES = 900_000  # Kafka's default limit of a record is 1,048,588 with headers
 DONE_IDS = 1024  # finished sets whose repeats are known, per topic partition
@@ -117,6 +132,17 @@ class Added(NamedTuple, Generic[PositionT]):
 
     message: Message[PositionT] | None = None
     settled: tuple[PositionT, ...] = ()
+    given_up: tuple[BrokenMessage[PositionT], ...] = ()
+
+
+class Patience(NamedTuple):
+    """When a set is given up: silent for `seconds`, in which `messages` whole ones came.
+
+    Longer than a group takes to notice a death and the heir's messages to be answered.
+    """
+
+    messages: int = 256
+    seconds: float = 90.0
 
 
 @dataclass(slots=True)
@@ -132,8 +158,11 @@ class _Set(Generic[PositionT]):
     held: set[int] = field(default_factory=set)
     crc: int = 0
     summed: int = 0  # chunks in `crc`: all, if they come in order
+    heard: float = 0.0  # when its last chunk came
+    later: int = 0  # whole messages since
 
-    def put(self, k: int, value: Buffer) -> None:
+    def put(self, k: int, value: Buffer, now: float) -> None:
+        self.heard, self.later = now, 0
         start = k * self.size
         self.buffer[start : start + len(value)] = value
         self.held.add(k)
@@ -164,12 +193,21 @@ class Assembler(Generic[PositionT]):
     """Puts messages together from the records of any number of topic partitions.
 
     `max_bytes` caps one message, `max_sets` the messages open at once in a topic partition: more
-    than the workers that send into it are never open for long. Records of a topic partition come
+    than the workers that send into it are never open for long. `patience` is for topics whose
+    senders spread their messages; None: a set waits for ever. Records of a topic partition come
     in the log's order; after a seek back, `forget` it first. Not thread-safe.
     """
 
-    def __init__(self, max_bytes: int, max_sets: int = 64) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        max_sets: int = 64,
+        *,
+        patience: Patience | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_bytes, self.max_sets = max_bytes, max_sets
+        self._patience, self._clock = patience, clock
         self._sources: dict[tuple[str, int], _Source[PositionT]] = {}
 
     @property
@@ -188,6 +226,9 @@ class Assembler(Generic[PositionT]):
 
     def add(self, position: PositionT, headers: Headers, value: Buffer | None) -> Added[PositionT]:
         """Take a record. Every position comes back once: in a message, in `settled`, in an error.
+
+        Sets that are `given_up` are errors, too, but beside a message that is none.
+
 
         Raises BrokenMessage for a record or a set that can never become a message.
         """
@@ -225,7 +266,28 @@ class Assembler(Generic[PositionT]):
                 if not other.missing:
                     covered.append(id_)
         settled = tuple(p for id_ in covered for p in source.close(id_))
-        return Added(Message(positions, buffer, origin), settled)
+        return Added(Message(positions, buffer, origin), settled, self._give_up(source))
+
+    def _give_up(self, source: _Source[PositionT]) -> tuple[BrokenMessage[PositionT], ...]:
+        """Close the sets that nobody will finish or cover; a whole message came just now."""
+        if self._patience is None or not source.sets:
+            return ()
+        messages, seconds = self._patience
+        latest = self._clock() - seconds
+        hopeless = []
+        for id_, other in source.sets.items():
+            other.later += 1
+            if other.later >= messages and other.heard <= latest:
+                hopeless.append((id_, other))
+        return tuple(
+            BrokenMessage(
+                f"message {id_}: {len(other.held)} of {other.head.n} chunks came, and none in"
+                f" {seconds:.0f} s and {other.later} other messages: its sender is gone",
+                source.close(id_),
+                other.origin,
+            )
+            for id_, other in hopeless
+        )
 
     def _part(
         self,
@@ -244,7 +306,7 @@ class Assembler(Generic[PositionT]):
         _check_fit(current, origin, chunk, len(value))
         if chunk.k in current.held:
             return Added(settled=(position,))
-        current.put(chunk.k, value)
+        current.put(chunk.k, value, self._clock())
         if len(current.held) < chunk.n:
             current.positions.append(position)
             self._evict(source)

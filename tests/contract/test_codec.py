@@ -23,6 +23,7 @@ from streaminfer.wire import (
     Envelope,
     Failure,
     Hop,
+    Patience,
     Sample,
     Tensor,
     TensorInput,
@@ -338,17 +339,18 @@ def test_damaged_chunks_lose_no_position_and_raise_broken_messages_only() -> Non
     broken = messages = 0
     with bounded(8 * MB) as check:
         for _ in range(400):
-            assembler = Assembler[tuple[str, int, int]](5000, max_sets=4)
+            assembler = Assembler[tuple[str, int, int]](5000, max_sets=4, patience=Patience(2, 0))
             back: list[tuple[str, int, int]] = []
             stream = damage(sent, dice)
             for offset, (heads, value) in enumerate(stream):
                 try:
-                    message, settled = assembler.add(("t", 0, offset), heads, value)
+                    message, settled, lost = assembler.add(("t", 0, offset), heads, value)
                 except BrokenMessage as error:
                     broken += 1
                     back += error.positions
                 else:
                     back += settled
+                    back += [place for one in lost for place in one.positions]
                     if message:
                         messages += 1
                         back += message.positions

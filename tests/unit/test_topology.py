@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError, TopicError
 from streaminfer.plan import Edge, Plan, Source, StagePlan, TensorSpec
+from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
 from streaminfer.topics import diff, topic_specs, window
 from streaminfer.topology import SINK, Topology, build
@@ -110,9 +111,72 @@ def test_stages_on_local_edges_are_one_worker() -> None:
     assert [w.stages for w in topology.workers] == [("a",), ("b", "c"), ("d",), ()]
     worker = topology.worker("c")
     assert worker is topology.worker("b")
-    assert (worker.name, worker.replicas, worker.devices) == ("b", 2, ("cuda:1", "cuda:2"))
+    assert (worker.name, worker.replicas) == ("b", 2)
+    assert [worker.device(stage, 1) for stage in ("b", "c")] == ["cuda:1", "cuda:2"]
     assert worker.batch.max == 4
     assert topology.inner_topics() == ("si.toy.01234567.b", "si.toy.01234567.d")
+
+
+def replicated(**stage: Any) -> Topology:
+    return laid_out(
+        declare("ab", stages=[{"name": "a", "until": "x", "replicas": 3, **stage}, {"name": "b"}])
+    )
+
+
+def test_replicas_take_their_devices_and_shares_by_number() -> None:
+    worker = replicated(device=["cuda:0", "cuda:1", "cpu"], shares=[2, 1, 0.5]).worker("a")
+    assert [worker.device("a", k) for k in range(3)] == ["cuda:0", "cuda:1", "cpu"]
+    assert [worker.share(k) for k in range(3)] == [2, 1, 0.5]
+    assert worker.unlike
+    for number in (-1, 3):
+        with pytest.raises(ConfigError, match="numbered from 0 to 2"):
+            worker.share(number)
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [
+        ({}, 1),
+        ({"device": ["cpu", "cpu", "cpu"]}, 1),
+        ({"device": ["cuda:0", "cpu", "cpu"]}, None),
+        ({"device": ["cuda:0", "cpu", "cpu"], "shares": "equal"}, 1),
+        ({"shares": "measured"}, None),  # one device each, on machines that are not alike
+    ],
+)
+def test_shares_are_measured_where_devices_are_unlike(
+    stage: dict[str, Any], share: float | None
+) -> None:
+    """Equal shares would go at the pace of the slowest."""
+    assert replicated(**stage).worker("a").share(2) == share
+
+
+def test_a_worker_of_several_stages_is_unlike_if_one_of_its_devices_is() -> None:
+    stages = [
+        {"name": "a", "until": "x", "replicas": 2},
+        {"name": "b", "replicas": 2, "device": ["cuda", "cpu"]},
+    ]
+    topology = laid_out(declare("ab", stages=stages, edges={"b": {"transport": "local"}}))
+    assert topology.worker("a").share(0) is None
+    assert topology.worker("b").device("b", 1) == "cpu"
+
+
+def test_who_feeds_an_edge_that_balances_spreads_and_who_feeds_the_sink_never_does() -> None:
+    """At the sink the partition is the origin's: elsewhere its samples wait for ever."""
+    topology = laid_out(declare("abc", edges={"default": {"partitioning": "balance"}}))
+    assert [w.balanced for w in topology.workers] == [False, True, True, False]
+    assert [w.routes.outputs[0].balance for w in topology.workers] == [True, True, False, False]
+    topology = laid_out(declare("abc", edges={"c": {"partitioning": "balance"}}))
+    assert [w.routes.outputs[0].balance for w in topology.workers] == [False, True, False, False]
+
+
+def test_balancing_is_outside_the_plan() -> None:
+    """It changes no number: it may be switched on without building anew."""
+    model = {"factory": "torchvision.models:resnet18", "example": [3, 8, 8]}
+    one, two, other = (
+        source_key(declare("ab", model=model, edges={"b": edge}))
+        for edge in ({}, {"partitioning": "balance"}, {"dtype": "float16"})
+    )
+    assert one == two != other
 
 
 def test_all_in_one_worker_has_no_inner_topic() -> None:

@@ -66,6 +66,13 @@ def test_a_local_edge_carries_tensors_as_they_are() -> None:
         declare(edges={"b": {"transport": "local", "compress": "lz4"}})
 
 
+def test_a_local_edge_has_nothing_to_balance() -> None:
+    with pytest.raises(ValidationError, match="no partitions to balance"):
+        declare(edges={"b": {"transport": "local", "partitioning": "balance"}})
+    spec = declare(edges={"default": {"partitioning": "balance"}, "b": {"transport": "local"}})
+    assert [spec.edge(n).partitioning for n in "abc"] == ["preserve", "preserve", "balance"]
+
+
 def test_a_stage_has_its_own_batch_or_the_pipelines() -> None:
     stages = [{"name": "a", "until": "x", "batch": {"max": 4}}, {"name": "b"}]
     spec = declare(stages=stages, batch={"max": 32, "wait": "1ms"})
@@ -131,6 +138,40 @@ def test_stages_of_one_worker_have_one_number_of_replicas() -> None:
     (problem,) = problems(stages=stages, edges={"b": {"transport": "local"}})
     assert problem.path == ("stages", 1, "replicas")
     assert declare(stages=stages).stage("a").replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"device": ["cpu", "cuda"]}, "2 in the list for 3 replica(s) of 'a'"),
+        ({"shares": [1, 2, 3, 4]}, "4 in the list for 3 replica(s) of 'a'"),
+    ],
+)
+def test_a_list_by_replica_is_as_long_as_there_are_replicas(
+    stage: dict[str, Any], words: str
+) -> None:
+    """A replica without a device would be found out when it starts; one too many never."""
+    stages = [{"name": "a", "until": "x", "replicas": 3, **stage}, {"name": "b"}]
+    (problem,) = problems(stages=stages)
+    assert problem.path == ("stages", 0, *stage)
+    assert problem.message == words
+    assert f"replicas: {len(next(iter(stage.values())))}" in problem.hint
+
+
+def test_a_worker_has_one_share() -> None:
+    stages = [{"name": "a", "until": "x", "shares": [1]}, {"name": "b", "shares": [1]}]
+    (problem,) = problems(stages=stages, edges={"b": {"transport": "local"}})
+    assert problem.path == ("stages", 1, "shares")
+    declare(stages=stages)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"shares": []}, {"shares": [0]}, {"shares": ["a"]}, {"shares": 2}, {"device": []},
+            {"device": ["gpu"]}, {"device": 1}, {"shares": [True]}, {"shares": [float("inf")]}]
+)  # fmt: skip
+def test_what_is_no_device_and_no_share_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="expected"):
+        StageSpec.model_validate({"name": "a", **bad})
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -26,14 +26,23 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 KNOWN = {
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
-    "description", "enum", "format", "items", "maximum", "minItems", "minLength", "minimum",
-    "pattern", "properties", "required", "title", "type", "writeOnly",
+    "description", "enum", "exclusiveMinimum", "format", "items", "maximum", "minItems",
+    "minLength", "minimum", "pattern", "properties", "required", "title", "type", "writeOnly",
 }  # fmt: skip
 GOOD: dict[str, Any] = {
     "pipeline": "toy",
     "model": {"factory": "m:f", "example": [3, 8, 8], "kwargs": {"any": [1, {"x": None}]}},
     "batch": {"max": 4, "wait": "4ms"},
-    "stages": [{"name": "a", "until": "x", "device": "cuda:1"}, {"name": "b", "batch": {"max": 2}}],
+    "stages": [
+        {"name": "a", "until": "x", "device": "cuda:1", "replicas": 2, "shares": "measured"},
+        {
+            "name": "b",
+            "batch": {"max": 2},
+            "replicas": 2,
+            "device": ["cuda:0", "cpu"],
+            "shares": [2, 1],
+        },
+    ],
     "edges": {"default": {"dtype": "float16"}, "b": {"compress": "zstd"}},
     "input": {"crop": 8, "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "max_bytes": "16MB"},
     "output": {"labels": ["cat", 1], "top_k": 0},
@@ -69,7 +78,8 @@ def within(value: object, schema: dict[str, Any]) -> bool:
             "minLength", 0
         )
     if isinstance(value, int | float):
-        return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
+        above = value > schema.get("exclusiveMinimum", value - 1)
+        return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value)) and above
     return not isinstance(value, list) or len(value) >= schema.get("minItems", 0)
 
 
@@ -112,6 +122,11 @@ def test_a_good_file_is_good_for_both() -> None:
         {"stages": []},
         {"stages": [{"name": "a", "devise": "cpu"}]},
         {"stages": [{"name": "a", "device": "gpu"}]},
+        {"stages": [{"name": "a", "device": ["cpu", "gpu"], "replicas": 2}]},
+        {"stages": [{"name": "a", "device": []}]},
+        {"stages": [{"name": "a", "shares": "fair"}]},
+        {"stages": [{"name": "a", "shares": [0]}]},
+        {"stages": [{"name": "a", "shares": []}]},
         {"stages": [{"until": "x"}]},
         {"batch": {"max": 0}},
         {"batch": {"wait": "4 fortnights"}},

@@ -17,6 +17,7 @@ from streaminfer.wire import (
     BrokenMessage,
     Envelope,
     Message,
+    Patience,
     decode,
     encode,
     records,
@@ -34,8 +35,14 @@ ROW = bytes(range(100))
 class Log:
     """One topic partition and its reader."""
 
-    def __init__(self, max_bytes: int = 10_000, max_sets: int = 64) -> None:
-        self.reader = Assembler[Place](max_bytes, max_sets)
+    def __init__(
+        self, max_bytes: int = 10_000, max_sets: int = 64, patience: Patience | None = None
+    ) -> None:
+        self.now = 0.0
+        self.reader = Assembler[Place](
+            max_bytes, max_sets, patience=patience, clock=lambda: self.now
+        )
+        self.given_up: list[BrokenMessage[Place]] = []
         self.offsets = count()
         self.messages: list[Message[Place]] = []
         self.settled: list[int] = []
@@ -44,7 +51,8 @@ class Log:
     def send(self, *sent: Sent) -> None:
         for heads, value in sent:
             self.sent.append(next(self.offsets))
-            message, settled = self.reader.add(("t", 0, self.sent[-1]), heads, value)
+            message, settled, given_up = self.reader.add(("t", 0, self.sent[-1]), heads, value)
+            self.given_up += given_up
             self.settled += [offset for _, _, offset in settled]
             if message:
                 self.messages.append(message)
@@ -123,7 +131,7 @@ def test_readers_and_senders_may_die_at_any_time(data: st.DataObject) -> None:
         done: set[int] = set()
         end = len(log) if life == 5 else dice.randint(committed, len(log))
         for offset in range(committed, end):
-            message, settled = reader.add(("t", 0, offset), *log[offset])
+            message, settled, _ = reader.add(("t", 0, offset), *log[offset])
             done |= {place[2] for place in settled}
             if message:
                 read.add(message.origin.first)
@@ -303,6 +311,62 @@ def test_open_sets_are_bounded_and_the_oldest_gets_its_outcome() -> None:
     log.send(*chunks[2][1:], *chunks[1][1:], *chunks[0][1:])
     assert [e.first for e in log.envelopes()] == [20, 10]
     assert log.held == []
+
+
+def test_a_half_message_whose_heir_sent_elsewhere_is_given_up() -> None:
+    """Where edges balance; or the partition's commits stop, and its log grows for ever."""
+    log = Log(patience=Patience(messages=3, seconds=90))
+    log.send(*records(envelope(10, 9, ROW), 300)[:2])
+    log.now = 100
+    log.send(*records(envelope(30, 9)), *records(envelope(10, 9, partition=4)))
+    assert (log.given_up, log.held) == ([], [0, 1])
+    log.send(*records(envelope(40, 9, ROW), 300))  # whole, in chunks
+    (error,) = log.given_up
+    assert error.origin is not None
+    assert error.origin[:3] == (3, 10, 18)
+    assert "2 of" in str(error)
+    assert [offset for _, _, offset in error.positions] == [0, 1]
+    assert log.held == []
+    assert [e.first for e in log.envelopes()] == [30, 10, 40], "the one that came is not lost"
+    late = records(envelope(10, 9, ROW), 300)
+    log.send(*late)  # in the end it comes here as well: a message like any other
+    assert log.envelopes()[-1].first == 10
+
+
+@pytest.mark.parametrize("patience", [Patience(3, 90), None])
+def test_a_slow_sender_is_not_given_up(patience: Patience | None) -> None:
+    """Whoever is given up costs its samples an error: many messages are no death, nor is time."""
+    log = Log(patience=patience)
+    first, second, *rest = records(envelope(10, 9, ROW), 300)
+    log.send(first)
+    log.send(*(record for k in range(50) for record in records(envelope(100 + k, 1))))
+    log.now = 89  # it is heard of again: it waits anew
+    log.send(second)
+    log.now = 170
+    log.send(*(record for k in range(50) for record in records(envelope(200 + k, 1))))
+    log.now = 10_000
+    log.send(*rest)
+    assert log.given_up == []
+    assert log.envelopes()[-1].first == 10
+
+
+def test_time_alone_gives_nothing_up() -> None:
+    """A reader that was away for an hour finds the rest in the log."""
+    log = Log(patience=Patience(3, 90))
+    first, *rest = records(envelope(10, 9, ROW), 300)
+    log.send(first)
+    log.now = 3600
+    log.send(*records(envelope(30, 1)), *rest)
+    assert log.given_up == []
+    assert log.envelopes()[-1].first == 10
+
+
+def test_late_chunks_of_a_message_given_up_are_settled() -> None:
+    log = Log(patience=Patience(1, 0))
+    first, *rest = records(envelope(10, 9, ROW), 300)
+    log.send(first, *records(envelope(30, 1)), *rest)
+    assert len(log.given_up) == 1
+    assert sorted([*log.settled, 0, 1]) == log.sent
 
 
 def test_a_forgotten_partition_is_read_again_from_its_start() -> None:
