@@ -18,11 +18,36 @@ from streaminfer.runtime.flow import Window
 from streaminfer.runtime.steps import Item
 from streaminfer.spec import BatchSpec
 from streaminfer.transport import Position, Record, TopicPartition
-from streaminfer.wire import Assembler, BrokenMessage, Envelope, Failure, Patience, Sample, decode
+from streaminfer.wire import (
+    MAX_SAMPLES,
+    Assembler,
+    BrokenMessage,
+    Envelope,
+    Failure,
+    Origin,
+    Patience,
+    Sample,
+    decode,
+)
 
 __all__ = ["Envelopes", "Intake", "Raw"]
 
 log = logging.getLogger(__name__)
+
+
+def _each(origin: Origin) -> Iterator[tuple[int, int]]:
+    """Yield each offset that a message spoke for, as an interval of one.
+
+    Some may be no samples (tombstones lie among them), but each that is has its own answer. Where
+    there are more than a message has samples, the first of them are one: a gap, most likely.
+    """
+    intervals = list(origin.intervals())
+    most = max(1, MAX_SAMPLES // len(intervals))
+    for first, last in intervals:
+        begin = max(first, last - most + 1)
+        yield first, begin
+        for offset in range(begin + 1, last + 1):
+            yield offset, offset
 
 
 class Intake(Protocol):
@@ -195,8 +220,8 @@ class Envelopes:
             return
         failure = self._failure(error.kind, f"its record on the way was damaged: {error}")
         samples = tuple(
-            Sample(last, first, f"offsets-{first}-{last}", None, 0, failure=failure)
-            for first, last in error.origin.intervals()
+            Sample(last, first, f"offset-{last}", None, 0, failure=failure)
+            for first, last in _each(error.origin)
         )
         origin = error.origin
         envelope = Envelope(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan, StagePlan, TensorSpec
@@ -17,9 +20,9 @@ from streaminfer.runtime.steps import Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Worker
 from streaminfer.spec import InputSpec
 from streaminfer.topology import Route, Routes
-from streaminfer.transport import Outgoing, TopicPartition, TopicSpec
+from streaminfer.transport import Outgoing, Record, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
-from streaminfer.wire import Envelope, Patience, Sample, pack, records
+from streaminfer.wire import MAX_SAMPLES, Envelope, Patience, Sample, pack, records
 
 DIGEST = "d" * 64
 WHERE = 1  # the input partition of all these samples; at the sink it is theirs again
@@ -105,12 +108,14 @@ async def road() -> Road:
 
 async def test_the_heirs_message_elsewhere_is_the_answer_and_commits_go_on(road: Road) -> None:
     await road.send(1, batch(0))
+    assert len(await road.run()) == 4
     for first in (4, 8, 12):
         await road.send(0, batch(first))
     answers = await road.run()
     assert await road.open() == 0, "or the log is read again from here after every restart"
     offsets = [answer["source"]["offset"] for answer in answers]  # type: ignore[index]
     assert offsets == list(range(16)), "each once, in order"
+    assert {answer["status"] for answer in answers} == {"ok"}
 
 
 async def test_without_an_heir_its_samples_end_as_errors_and_hold_nobody_up(road: Road) -> None:
@@ -127,3 +132,35 @@ async def test_while_it_may_yet_come_nothing_is_committed_and_nobody_judged(road
         await road.send(0, batch(first))
     assert await road.run() == []
     assert await road.open() > 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6))
+def test_every_sample_of_a_message_that_is_lost_has_its_own_error(
+    runs: list[tuple[int, int]],
+) -> None:
+    """One error for all of them would leave the others' clients waiting."""
+    offsets, end = list[int](), 5
+    for gap, length in runs:
+        offsets += range(end + gap, end + gap + length)
+        end = offsets[-1] + 1
+    samples = tuple(Sample(n, n, str(n), None, 0) for n in offsets)
+    intake = Envelopes("s", None, Metrics("p").stage("s"), max_bytes=1 << 20)
+    ((headers, _),) = records(Envelope(WHERE, samples, DIGEST, "i"))
+    intake.add([Record("stage", 0, 0, 0, None, b"damaged", headers)])
+    (item,) = intake.take()
+    assert item.envelope is not None
+    assert item.envelope.partition == WHERE
+    assert [(s.start, s.offset) for s in item.envelope.samples] == [(n, n) for n in offsets]
+
+
+def test_a_gap_of_a_million_offsets_is_not_a_million_errors() -> None:
+    intake = Envelopes("s", None, Metrics("p").stage("s"), max_bytes=1 << 20)
+    sample = Sample(1_000_000, 3, "x", None, 0)
+    ((headers, _),) = records(Envelope(WHERE, (sample,), DIGEST, "i"))
+    intake.add([Record("stage", 0, 0, 0, None, b"damaged", headers)])
+    (item,) = intake.take()
+    assert item.envelope is not None
+    found = item.envelope.samples
+    assert len(found) == MAX_SAMPLES
+    assert (found[0].start, found[-1].offset) == (3, 1_000_000)
+    assert all(a.offset + 1 == b.start for a, b in pairwise(found))
