@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from streaminfer.metrics import StageMetrics
 from streaminfer.runtime.steps import Result
-from streaminfer.transport import Outgoing, Position, Producer
+from streaminfer.transport import Outgoing, Producer
 from streaminfer.wire import Envelope, records
 
 __all__ = ["Outbox"]
@@ -44,10 +44,9 @@ class Outbox:
         for topic, envelopes in ((self._target, result.outputs), (self._sink, result.outcomes)):
             for envelope in envelopes:
                 outgoing += self._records(topic, envelope)
-        acks: list[asyncio.Future[Position]] = []
         async with self._sender:
-            acks += [await self._producer.send(record) for record in outgoing]
-        await asyncio.gather(*acks)
+            acks = await self._producer.send_many(outgoing)
+        await acks
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
         self._count(outgoing)
         if result.acked is not None:
@@ -65,5 +64,4 @@ class Outbox:
         metrics.produced.inc(len(outgoing))
         sizes = [len(record.value or b"") for record in outgoing]
         metrics.sent_bytes.inc(sum(sizes))
-        for size in sizes:
-            metrics.record_size["out"].observe(size)
+        metrics.record_size["out"].observe_all(sizes)

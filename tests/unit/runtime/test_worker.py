@@ -16,7 +16,7 @@ from streaminfer.runtime.sink import watermark
 from streaminfer.runtime.steps import Item, Result, Settled
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec
-from streaminfer.transport import Commit, Outgoing, Position, Producer, TopicPartition, TopicSpec
+from streaminfer.transport import Commit, Outgoing, Producer, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 
 NO_LIMITS = Limits()
@@ -58,11 +58,11 @@ class Flaky:
     def __init__(self, producer: Producer, failures: int) -> None:
         self.producer, self.failures = producer, failures
 
-    async def send(self, record: Outgoing) -> asyncio.Future[Position]:
+    async def send_many(self, records: Sequence[Outgoing]) -> asyncio.Future[None]:
         if self.failures:
             self.failures -= 1
             raise TransportError("the broker is away")
-        return await self.producer.send(record)
+        return await self.producer.send_many(records)
 
 
 class Bench:
