@@ -278,6 +278,6 @@ def _crop(pixels: Pixels, side: int) -> Pixels:
 
 def _planes(pixels: Pixels, channels: int) -> Pixels:
     """Return [C, H, W] in memory of its own: Pillow's is read-only."""
-    if pixels.ndim == 2:
-        return np.repeat(pixels[np.newaxis], channels, axis=0)
-    return np.array(pixels.transpose(2, 0, 1), order="C")
+    planes = np.empty((channels, *pixels.shape[:2]), np.uint8)
+    planes[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planes

@@ -83,7 +83,7 @@ class KafkaProducer:
         if self._broken:
             await self._renew()
         with translated(f"send to {record.topic}"):
-            partition = await self._partition(record)
+            partition = _partition(record, await self._count(record.topic))
             ack = await self._append(record, partition)
         return self._promise(ack, record.topic, size)
 
@@ -91,11 +91,14 @@ class KafkaProducer:
         """Hand over records; the order within each partition is theirs. Raises as `send` does."""
         if not self._open:
             raise TransportError("this producer is not open; use it in `async with`")
+        counts: dict[str, int] = {}
+        for topic in {record.topic for record in records}:
+            with translated(f"send to {topic}"):
+                counts[topic] = await self._count(topic)
         shares: dict[tuple[str, int | None], list[Outgoing]] = {}
         for record in records:
-            with translated(f"send to {record.topic}"):
-                partition = await self._partition(record)
-            shares.setdefault((record.topic, partition), []).append(record)
+            place = record.topic, _partition(record, counts[record.topic])
+            shares.setdefault(place, []).append(record)
         acks: list[Future[Position]] = []
         for (topic, partition), share in shares.items():
             if partition is None or len(share) == 1:
@@ -156,18 +159,6 @@ class KafkaProducer:
                 _logger.warning("no room to send to %s; is the broker there?", record.topic)
             else:
                 return ack
-
-    async def _partition(self, record: Outgoing) -> int | None:
-        """Return where it goes, None for anywhere. Raises TopicError."""
-        count = await self._count(record.topic)
-        if record.partition is None:
-            return None if record.key is None else partition_for(record.key, count)
-        if not 0 <= record.partition < count:
-            raise TopicError(
-                f"{record.topic} has {count} partitions, there is no {record.partition}; was the"
-                " plan built for another topic?"
-            )
-        return record.partition
 
     async def _count(self, topic: str) -> int:
         now = asyncio.get_running_loop().time()
@@ -234,6 +225,18 @@ class KafkaProducer:
             late = KafkaTimeoutError(f"not acked within {limit:g} s of closing")
             kafka._message_accumulator.fail_all(late)
         await lifecycle.stop(kafka.stop(), kafka.client, limit)
+
+
+def _partition(record: Outgoing, count: int) -> int | None:
+    """Return where it goes among `count` partitions, None for anywhere. Raises TopicError."""
+    if record.partition is None:
+        return None if record.key is None else partition_for(record.key, count)
+    if not 0 <= record.partition < count:
+        raise TopicError(
+            f"{record.topic} has {count} partitions, there is no {record.partition}; was the"
+            " plan built for another topic?"
+        )
+    return record.partition
 
 
 def _size(record: Outgoing) -> int:
