@@ -130,8 +130,6 @@ def _recognise(value: bytes) -> str:
 
 def _read(value: bytes, kind: str, spec: InputSpec) -> Pixels:
     """Return the picture upright and whole: [H, W] grey or [H, W, 3] colour."""
-    claimed = _claimed_size(value, kind)
-    _check_size(claimed, spec)
     if kind == "JPEG":
         if value.count(b"\xff\xda") > MAX_SCANS:
             raise DecodeError(
@@ -139,31 +137,32 @@ def _read(value: bytes, kind: str, spec: InputSpec) -> Pixels:
             )
         head = value[:HEAD]
         if b"Exif\0" not in head and b"MPF\0" not in head:  # upright, and one picture
-            plain = _plain_jpeg(value, claimed)
+            plain = _plain_jpeg(value, spec)
             if plain is not None:
                 return plain
+    else:
+        _check_size(_claimed_size(value, kind), spec)
     image = READERS[kind](io.BytesIO(value))
     _check_size(image.size, spec)
     if getattr(image, "n_frames", 1) > 1:
         raise DecodeError(f"the {kind} image is animated: {ACCEPTED}")
-    if kind == "JPEG" and _orientation(image) == 1:
-        plain = _plain_jpeg(value, image.size)
+    orientation = _orientation(image)
+    if kind == "JPEG" and orientation == 1:
+        plain = _plain_jpeg(value, spec)
         if plain is not None:
             return plain
     image.load()
-    return np.asarray(_upright(_eight_bit(image), _orientation(image)))
+    return np.asarray(_upright(_eight_bit(image), orientation))
 
 
 def _claimed_size(value: bytes, kind: str) -> tuple[int, int]:
-    """Read (width, height) from the header: Pillow's WebP reader allocates by it on opening.
+    """Read a PNG's or WebP's (width, height): Pillow's WebP reader allocates by it on opening.
 
     PNG     signature 8 │ length 4 │ "IHDR" │ width u32 │ height u32            (big endian)
     WebP    "RIFF" size "WEBP" │ "VP8X" size 4 │ flags 4 │ width-1 u24 │ height-1 u24
                                │ "VP8L" size 4 │ 0x2f │ width-1 14 bits │ height-1 14 bits
                                │ "VP8 " size 4 │ frame tag 3 │ 9d 01 2a │ width u14 │ height u14
     """
-    if kind == "JPEG":
-        return 1, 1  # its reader allocates nothing, and knows
     if kind == "PNG":
         return _unpack(">II", value, 16)
     if value[12:16] == b"VP8X":
@@ -207,13 +206,14 @@ def _orientation(image: ImageFile) -> int:
         return 1
 
 
-def _plain_jpeg(value: bytes, size: tuple[int, int]) -> Pixels | None:
+def _plain_jpeg(value: bytes, spec: InputSpec) -> Pixels | None:
     """Decode a grey, YCbCr or RGB JPEG; None where Pillow is to judge."""
     try:
+        # The parser that allocates is the one whose size is checked: Pillow has another.
         height, width, colours, _ = simplejpeg.decode_jpeg_header(value)
-        # Two parsers, one limit: only a size that both read has been checked.
-        if (width, height) != size or colours not in ("Gray", "YCbCr", "RGB"):
+        if colours not in ("Gray", "YCbCr", "RGB"):
             return None
+        _check_size((width, height), spec)
         pixels: Pixels = simplejpeg.decode_jpeg(value, "GRAY" if colours == "Gray" else "RGB")
     except ValueError:
         return None
@@ -224,7 +224,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Return the image in mode L or RGB, 8 bits a channel."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("1", "L", "LA"):
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode in ("1", "LA"):
         return image.convert("L")
     if image.mode == "P":  # straight to RGB, Pillow warns of palettes with transparency
         image = image.convert("RGBA")
@@ -276,6 +278,6 @@ def _crop(pixels: Pixels, side: int) -> Pixels:
 
 def _planes(pixels: Pixels, channels: int) -> Pixels:
     """Return [C, H, W] in memory of its own: Pillow's is read-only."""
-    if pixels.ndim == 2:
-        return np.array(np.broadcast_to(pixels, (channels, *pixels.shape)), order="C")
-    return np.array(pixels.transpose(2, 0, 1), order="C")
+    planes = np.empty((channels, *pixels.shape[:2]), np.uint8)
+    planes[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planes

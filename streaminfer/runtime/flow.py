@@ -121,8 +121,8 @@ class Window:
         return sum(flight.samples for flight in self._flights.values())
 
     def near(self) -> frozenset[TopicPartition]:
-        """The partitions with anything in flight: whose watermark is worth reading."""
-        return frozenset(tp for tp, f in self._flights.items() if f.samples)
+        """The partitions whose watermark is worth reading: over a quarter of the window is used."""
+        return frozenset(tp for tp, f in self._flights.items() if f.samples > self.size // 4)
 
     def _judge(self, tp: TopicPartition) -> None:
         samples = self._flights[tp].samples
@@ -181,7 +181,7 @@ class WindowWatch(Watch):
         return begin
 
     async def look(self) -> None:
-        """Read the watermarks of the partitions that have anything in flight."""
+        """Read the watermarks of the partitions that come near the window's size."""
         near = self._window.near()
         for tp, mark in (await self._watermarks(near)).items() if near else ():
             self._window.answered(tp, mark)

@@ -50,7 +50,7 @@ def chained(note: str) -> int:
 
 def chain_at(offset: int) -> str:
     """Write the metadata that makes the chain go on at `offset`."""
-    return json.dumps({"from": offset})
+    return f'{{"from": {offset}}}'
 
 
 class Ingest(Plain):
@@ -166,7 +166,8 @@ class Ingest(Plain):
             )
         _check_headers(record)
         kind = headers.get("content-type", b"").decode("ascii", "replace")
-        sample = replace(sample, deadline_ms=_deadline(headers, record.timestamp_ms))
+        if deadline := _deadline(headers, record.timestamp_ms):
+            sample = replace(sample, deadline_ms=deadline)
         row: np.ndarray | Tensor
         if kind.partition(";")[0].strip().lower() == TENSOR:
             sample, row = self._tensor(sample, value)

@@ -15,7 +15,7 @@ from streaminfer.metrics import StageMetrics
 from streaminfer.runtime.spread import Spread
 from streaminfer.runtime.steps import Result
 from streaminfer.topology import Routes
-from streaminfer.transport import Outgoing, Position, Producer
+from streaminfer.transport import Outgoing, Producer
 from streaminfer.wire import Envelope, records
 
 __all__ = ["Outbox"]
@@ -59,10 +59,9 @@ class Outbox:
         for envelope in result.outcomes:
             sent = replace(envelope, sender=self._routes.voice)
             outgoing += self._records(self._routes.outcomes, sent, envelope)
-        acks: list[asyncio.Future[Position]] = []
         async with self._sender:
-            acks += [await self._producer.send(record) for record in outgoing]
-        await asyncio.gather(*acks)
+            acks = await self._producer.send_many(outgoing)
+        await acks
         for spread in self._spreads.values():
             spread.acked(result.outputs)
         self._metrics.busy["produce"].inc(time.perf_counter() - began)
@@ -81,5 +80,4 @@ class Outbox:
         metrics.produced.inc(len(outgoing))
         sizes = [len(record.value or b"") for record in outgoing]
         metrics.sent_bytes.inc(sum(sizes))
-        for size in sizes:
-            metrics.record_size["out"].observe(size)
+        metrics.record_size["out"].observe_all(sizes)

@@ -317,11 +317,12 @@ class Worker(Listener):
 
     def _count(self, records: Sequence[Record]) -> None:
         self._metrics.consumed.inc(len(records))
-        for record in records:
-            self._metrics.received_bytes.inc(record.nbytes)
-            self._metrics.record_size["in"].observe(record.nbytes)
-            if self._trimmer:
-                self._trimmer.received(record.position.tp, record.nbytes)
+        sizes = [record.nbytes for record in records]
+        self._metrics.received_bytes.inc(sum(sizes))
+        self._metrics.record_size["in"].observe_all(sizes)
+        if self._trimmer:
+            for record, size in zip(records, sizes, strict=True):
+                self._trimmer.received(record.position.tp, size)
 
 
 def _resident() -> int:

@@ -4,7 +4,7 @@ Semantics are Kafka's: topics of partitions, each an ordered log; groups whose m
 partitions; at-least-once from the committed offset. A carrier raises only `TransportError`s.
 
     Transport ── consumer(group) ──▶ Consumer   poll · commit · seek · pause
-              ── producer()      ──▶ Producer   send → future of the acked Position
+              ── producer()      ──▶ Producer   send → future of the acked Position · send_many
               ── admin()         ──▶ Admin      topics, committed offsets, trim
 """
 
@@ -169,7 +169,14 @@ class Producer(Protocol):
         """Hand over a record (waits while the buffer is full); the future is its ack.
 
         Raises RecordTooLarge at once or in the future; TopicError if there is no such topic.
-        One coroutine at a time may be in here, or order is lost.
+        One coroutine at a time may be in here or in `send_many`, or order is lost.
+        """
+
+    async def send_many(self, records: Sequence[Outgoing]) -> Future[None]:
+        """Hand over records as `send` would, one after another; the future is all their acks.
+
+        Costs a fraction of as many `send`s. Raises, here or in the future, what the first record
+        to fail would raise; the others may have been written.
         """
 
 

@@ -273,6 +273,14 @@ class MemoryProducer(_Session):
         ack.set_result(log.append(record, int(self._clock() * 1000)))
         return ack
 
+    async def send_many(self, records: Sequence[Outgoing]) -> asyncio.Future[None]:
+        """Append records. Raises RecordTooLarge, TopicError."""
+        for record in records:
+            await self.send(record)
+        acks: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        acks.set_result(None)
+        return acks
+
     def _partition(self, record: Outgoing, count: int) -> int:
         if record.partition is not None:
             return record.partition

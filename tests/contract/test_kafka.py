@@ -80,6 +80,8 @@ async def test_producer_goes_on_after_a_record_the_broker_refused(kafka: KafkaTr
         assert await (await producer.send(Outgoing(topic, b"after"))) == Position(topic, 0, 1)
         with pytest.raises(RecordTooLarge):
             await producer.send(Outgoing(topic, bytes(2_000_000)))
+        with pytest.raises(RecordTooLarge):
+            await producer.send_many([Outgoing(topic, bytes(2_000_000), partition=0)] * 2)
 
 
 async def test_larger_images_pass_where_the_topic_takes_them(kafka_address: str) -> None:

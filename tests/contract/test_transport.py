@@ -93,6 +93,78 @@ async def test_record_over_the_limit_is_refused_and_the_next_one_passes(harness:
     assert position.offset == 1
 
 
+async def test_many_records_at_once_are_all_there_in_their_order(harness: Harness) -> None:
+    """The sink's answers go this way: one lost, doubled or overtaken is a broken promise."""
+    topic = await harness.topic(3)
+    keyed = [Outgoing(topic, b"%d" % n, b"key-%d" % (n % 20)) for n in range(400)]
+    placed = [Outgoing(topic, b"%d" % n, None, n % 3) for n in range(400, 500)]
+    alone = Outgoing(topic, b"500", b"key-7")
+    producer = harness.producer
+    acks = [await producer.send_many(keyed[:300])]
+    one = await producer.send(keyed[300])
+    more: list[list[Outgoing]] = [[*keyed[301:], *placed], [alone], []]
+    acks += [await producer.send_many(records) for records in more]
+    await asyncio.gather(one, *acks)
+    async with harness.transport.consumer([topic], None) as reader:
+        read = await drain(reader, 501)
+    by_value = {int(r.value or b""): r for r in read}
+    assert sorted(by_value) == list(range(501))
+    for partition in range(3):
+        numbers = [int(r.value or b"") for r in read if r.partition == partition]
+        assert numbers == sorted(numbers)
+    assert all(by_value[n].partition == n % 3 for n in range(400, 500))
+    assert by_value[500].partition == by_value[7].partition, "a key has one partition"
+
+
+async def test_many_records_at_once_lose_no_field_of_one(harness: Harness) -> None:
+    topic = await harness.topic()
+    headers = (("si-id", b"\x00\xff"), ("empty", b""), ("again", b"1"), ("again", b"2"))
+    sent = [
+        Outgoing(topic, value, key, 0, some)
+        for value in (b"bytes", b"", None)
+        for key in (b"cat-1", b"", None)
+        for some in (headers, ())
+    ]
+    before = time.time()
+    await (await harness.producer.send_many(sent))
+    async with harness.transport.consumer([topic], None) as reader:
+        records = await drain(reader, len(sent))
+    assert [(r.value, r.key, r.headers) for r in records] == [
+        (s.value, s.key, s.headers) for s in sent
+    ]
+    assert all(before - 1 <= r.timestamp_ms / 1000 <= time.time() + 1 for r in records)
+
+
+async def test_many_records_may_be_more_than_one_request_takes(harness: Harness) -> None:
+    topic = await harness.topic(2)
+    sent = [Outgoing(topic, bytes([n]) * 90_000, None, n % 2) for n in range(60)]
+    async with asyncio.timeout(30):
+        await (await harness.producer.send_many(sent))
+    async with harness.transport.consumer([topic], None) as reader:
+        records = await drain(reader, 60)
+    for partition in range(2):
+        found = [(r.value or b"")[0] for r in records if r.partition == partition]
+        assert found == list(range(partition, 60, 2))
+
+
+async def test_one_of_many_that_is_too_large_is_refused_and_the_next_pass(harness: Harness) -> None:
+    topic = await harness.topic(2, max_message_bytes="10000")
+    sizes = [10, 20_000, 10]
+    with pytest.raises(RecordTooLarge, match=r"max\.message\.bytes"):
+        await (
+            await harness.producer.send_many([Outgoing(topic, bytes(n), None, 0) for n in sizes])
+        )
+    before = (await harness.admin.offsets([TopicPartition(topic, 0)]))[TopicPartition(topic, 0)][1]
+    small = [Outgoing(topic, b"small", None, 0)] * 3
+    await (await harness.producer.send_many(small))
+    ends = await harness.admin.offsets([TopicPartition(topic, 0)])
+    assert ends[TopicPartition(topic, 0)][1] == before + 3
+    with pytest.raises(TopicError, match="no-such-topic"):
+        await (await harness.producer.send_many([Outgoing("no-such-topic", b"")] * 2))
+    with pytest.raises(TopicError, match=topic):
+        await (await harness.producer.send_many([Outgoing(topic, b"", None, 2)] * 2))
+
+
 async def test_sending_nowhere_names_the_topic(harness: Harness) -> None:
     """Topics are never made by being named: a typo would swallow records."""
     topic = await harness.topic(2)

@@ -276,7 +276,7 @@ class KafkaConsumer:
 
 
 def _record(record: Any) -> Record:
-    headers = tuple((key, value or b"") for key, value in record.headers)
+    headers = tuple([(key, value or b"") for key, value in record.headers])
     return Record(
         record.topic,
         record.partition,

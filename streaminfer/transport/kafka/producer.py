@@ -2,6 +2,9 @@
 
 send ──▶ room within 32 MB? ──▶ topic, partition known? ──▶ aiokafka's batch ──▶ broker
   └──────────────── future ◀── Position, or our error ◀── ack ◀────────────────────┘
+
+send_many ──▶ shares by partition ─┬─ of one record ────▶ as send does
+                                   └─ of several ───────▶ a batch of our own, one future for it
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaTimeoutError
+from aiokafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from streaminfer.errors import TopicError, TransportError
 from streaminfer.transport.base import Outgoing, Position
@@ -73,16 +78,69 @@ class KafkaProducer:
         """
         if not self._open:
             raise TransportError("this producer is not open; use it in `async with`")
-        size = len(record.key or b"") + len(record.value or b"")
+        size = _size(record)
         await self._room(size)
         if self._broken:
             await self._renew()
         with translated(f"send to {record.topic}"):
-            partition = await self._partition(record)
+            partition = _partition(record, await self._count(record.topic))
             ack = await self._append(record, partition)
+        return self._promise(ack, record.topic, size)
+
+    async def send_many(self, records: Sequence[Outgoing]) -> Future[None]:
+        """Hand over records; the order within each partition is theirs. Raises as `send` does."""
+        if not self._open:
+            raise TransportError("this producer is not open; use it in `async with`")
+        counts: dict[str, int] = {}
+        for topic in {record.topic for record in records}:
+            with translated(f"send to {topic}"):
+                counts[topic] = await self._count(topic)
+        shares: dict[tuple[str, int | None], list[Outgoing]] = {}
+        for record in records:
+            place = record.topic, _partition(record, counts[record.topic])
+            shares.setdefault(place, []).append(record)
+        acks: list[Future[Position]] = []
+        for (topic, partition), share in shares.items():
+            if partition is None or len(share) == 1:
+                acks += [await self.send(record) for record in share]
+                continue
+            with translated(f"send to {topic}"):
+                for batch, size in self._batches(share):
+                    acks.append(await self._send_batch(batch, topic, partition, size))
+        return asyncio.ensure_future(_all(acks))
+
+    def _batches(self, share: Sequence[Outgoing]) -> Iterator[tuple[Any, int]]:
+        """Yield batches for the records of one partition, and the bytes in each."""
+        batch, size = self._kafka.create_batch(), 0
+        for record in share:
+            key, value, headers = record.key, record.value, list(record.headers)
+            estimate = DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, headers)
+            if estimate > self._settings.max_record_bytes:
+                raise MessageSizeTooLargeError(f"a record of {estimate} bytes")
+            while not batch.append(timestamp=None, key=key, value=value, headers=headers):
+                yield batch, size  # it is full; an empty one takes a record of any size
+                batch, size = self._kafka.create_batch(), 0
+            size += _size(record)
+        yield batch, size
+
+    async def _send_batch(
+        self, batch: Any, topic: str, partition: int, size: int
+    ) -> Future[Position]:
+        await self._room(size)
+        if self._broken:
+            await self._renew()
+        while True:
+            try:
+                ack = await self._kafka.send_batch(batch, topic, partition=partition)
+            except KafkaTimeoutError:  # see _append
+                _logger.warning("no room to send to %s; is the broker there?", topic)
+            else:
+                return self._promise(ack, topic, size)
+
+    def _promise(self, ack: Future[Any], topic: str, size: int) -> Future[Position]:
         self._in_flight += size
         future: Future[Position] = asyncio.get_running_loop().create_future()
-        ack.add_done_callback(partial(self._acked, future, record.topic, size))
+        ack.add_done_callback(partial(self._acked, future, topic, size))
         return future
 
     async def _append(self, record: Outgoing, partition: int | None) -> Future[Any]:
@@ -101,18 +159,6 @@ class KafkaProducer:
                 _logger.warning("no room to send to %s; is the broker there?", record.topic)
             else:
                 return ack
-
-    async def _partition(self, record: Outgoing) -> int | None:
-        """Return where it goes, None for anywhere. Raises TopicError."""
-        count = await self._count(record.topic)
-        if record.partition is None:
-            return None if record.key is None else partition_for(record.key, count)
-        if not 0 <= record.partition < count:
-            raise TopicError(
-                f"{record.topic} has {count} partitions, there is no {record.partition}; was the"
-                " plan built for another topic?"
-            )
-        return record.partition
 
     async def _count(self, topic: str) -> int:
         now = asyncio.get_running_loop().time()
@@ -179,3 +225,23 @@ class KafkaProducer:
             late = KafkaTimeoutError(f"not acked within {limit:g} s of closing")
             kafka._message_accumulator.fail_all(late)
         await lifecycle.stop(kafka.stop(), kafka.client, limit)
+
+
+def _partition(record: Outgoing, count: int) -> int | None:
+    """Return where it goes among `count` partitions, None for anywhere. Raises TopicError."""
+    if record.partition is None:
+        return None if record.key is None else partition_for(record.key, count)
+    if not 0 <= record.partition < count:
+        raise TopicError(
+            f"{record.topic} has {count} partitions, there is no {record.partition}; was the"
+            " plan built for another topic?"
+        )
+    return record.partition
+
+
+def _size(record: Outgoing) -> int:
+    return len(record.key or b"") + len(record.value or b"")
+
+
+async def _all(acks: Sequence[Future[Position]]) -> None:
+    await asyncio.gather(*acks)

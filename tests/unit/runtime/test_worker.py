@@ -17,7 +17,7 @@ from streaminfer.runtime.steps import Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import BatchSpec
 from streaminfer.topology import Route, Routes
-from streaminfer.transport import Commit, Outgoing, Position, Producer, TopicPartition, TopicSpec
+from streaminfer.transport import Commit, Outgoing, Producer, TopicPartition, TopicSpec
 from streaminfer.transport.memory import MemoryTransport
 
 NO_LIMITS = Limits()
@@ -51,11 +51,11 @@ class Flaky:
     def __init__(self, producer: Producer, failures: int) -> None:
         self.producer, self.failures = producer, failures
 
-    async def send(self, record: Outgoing) -> asyncio.Future[Position]:
+    async def send_many(self, records: Sequence[Outgoing]) -> asyncio.Future[None]:
         if self.failures:
             self.failures -= 1
             raise TransportError("the broker is away")
-        return await self.producer.send(record)
+        return await self.producer.send_many(records)
 
 
 class Bench:
