@@ -8,6 +8,7 @@ they can be, and every node knows the module it came from.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import operator
@@ -123,9 +124,7 @@ def _export(
                 hint="model.example is the shape of one sample, without the batch",
             ) from error
         try:
-            return torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dynamic(args, kwargs), strict=False
-            )
+            return _traced(model, args, kwargs)
         except Exception as error:
             raise CaptureError(
                 f"torch.export does not take this model: {_first_line(error)}",
@@ -138,13 +137,38 @@ def _is(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor)
 
 
-def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _traced(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    """Export with dimension 0 of every tensor open.
+
+    Several inputs are given one dimension by name: nothing in a model need say that the rows of a
+    mask are those of the words. But a name also forbids what `AUTO` infers, so that is the second.
+    """
+    sizes: list[object] = [torch.export.Dim.AUTO]
+    if sum(map(_is, pytree.tree_leaves((args, kwargs)))) > 1:
+        sizes.insert(0, torch.export.Dim("batch"))
+    for size in sizes:
+        shapes = _dynamic(model, args, kwargs, size)
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception:
+            if size is sizes[-1]:
+                raise
+    raise AssertionError
+
+
+def _dynamic(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: object
+) -> Any:
     def mark(leaf: object) -> dict[int, object] | None:
-        return {0: torch.export.Dim.AUTO} if _is(leaf) else None
+        return {0: size} if _is(leaf) else None
 
     # Without keywords a tuple will do, and argument names (which *args has not) are not needed.
-    positional = pytree.tree_map(mark, args)
-    return (positional, pytree.tree_map(mark, kwargs)) if kwargs else positional
+    if not kwargs:
+        return pytree.tree_map(mark, args)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return pytree.tree_map(mark, dict(bound.arguments))
 
 
 @contextmanager
