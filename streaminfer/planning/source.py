@@ -82,7 +82,7 @@ def _declared(spec: PipelineSpec, random_weights: bool) -> dict[str, object]:
         "input": spec.input.model_dump(mode="json"),
         "stages": [(stage.name, stage.until) for stage in spec.stages],
         "edges": [(edge.dtype, edge.compress) for edge in edges],
-        "output": (spec.output.top_k, spec.output.labels),
+        "output": (spec.output.top_k, spec.output.labels, spec.output.logits),
         "random_weights": random_weights,
         "packages": _packages(spec.model),
     }

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from streaminfer.errors import PlanError
 from streaminfer.parallel import DTYPES, Program, check_inputs, load, weights
 from streaminfer.plan import CAST, Edge, Plan, stage_files
-from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.planning.example import Inputs, example_inputs
+from streaminfer.planning.factory import make_model
 from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec
 
@@ -68,7 +69,8 @@ def verify(
     Args:
         spec: the pipeline file.
         plan_folder: its plan directory.
-        images: real input, float32 [n, *example]; None: seeded random input.
+        images: real input of the model's one argument, float32 [n, *example]; None: seeded random
+            input.
         batch_sizes: compared one by one; images beyond the largest follow in batches of it.
 
     Raises:
@@ -124,8 +126,8 @@ def _load(folder: Path, stage: str) -> Program:
 
 def _batches(
     spec: PipelineSpec, images: torch.Tensor | None, sizes: Sequence[int]
-) -> Iterator[torch.Tensor]:
-    rows = example_batch(spec.model, max(sizes)) if images is None else images
+) -> Iterator[Inputs]:
+    rows = example_inputs(spec.model, max(sizes)) if images is None else _one(spec, images)
     for size in sizes:
         if size <= len(rows):
             yield rows[:size]
@@ -133,14 +135,23 @@ def _batches(
         yield rows[start : start + max(sizes)]
 
 
-def _outputs(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(model(batch))
+def _one(spec: PipelineSpec, images: torch.Tensor) -> Inputs:
+    example = spec.model.example
+    return (
+        Inputs(kwargs={next(iter(example)): images})
+        if isinstance(example, dict)
+        else Inputs((images,))
+    )
+
+
+def _outputs(model: nn.Module, batch: Inputs) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(batch.into(model))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _run(plan: Plan, programs: Sequence[Program], batch: torch.Tensor) -> Sequence[torch.Tensor]:
+def _run(plan: Plan, programs: Sequence[Program], batch: Inputs) -> Sequence[torch.Tensor]:
     """Run all stages as workers do: cast for the edge, made contiguous, cast back, checked."""
-    tensors: Sequence[torch.Tensor] = [batch]
+    tensors: Sequence[torch.Tensor] = batch.ports(programs[0].inputs)
     for stage, program in zip(plan.stages, programs, strict=True):
         wire = CAST[stage.edge.dtype] if stage is not plan.stages[0] else None
         tensors = [
@@ -178,9 +189,7 @@ class _Tally:
             self.ranked += len(whole[0])
             self.agreed += int((whole[0].argmax(1) == cut[0].argmax(1)).sum())
 
-    def check_rows(
-        self, model: nn.Module, batch: torch.Tensor, whole: Sequence[torch.Tensor]
-    ) -> None:
+    def check_rows(self, model: nn.Module, batch: Inputs, whole: Sequence[torch.Tensor]) -> None:
         """Compare the last row of a batch with that row alone: workers merge and split batches."""
         if len(batch) > 1:
             alone = _outputs(model, batch[-1:])

@@ -37,7 +37,7 @@ def forward(
         out_dtype=following.dtype if following else "native",
         compress=following.compress if following else "none",
         before=normalise(plan.input, device) if k == 0 else None,
-        after=top_k(plan.top_k) if last and plan.top_k else None,
+        after=top_k(plan.top_k, plan.logits) if last and plan.top_k else None,
     )
     return Forward(stage, metrics)
 
