@@ -1,7 +1,7 @@
 """Models that others wrote, captured, cut in 2, 3 and 4, read from disk: how many are still equal.
 
-`python -m tests.benchmarks.zoo [FAMILY…]` runs families and writes build/zoo.json; the measure runs
-all of them that are installed, in a process of its own, on one thread.
+`python -m tests.benchmarks.zoo [FAMILY | MODEL…]` runs some and writes build/zoo.json; the measure
+runs all of them that are installed, in a process of its own, on one thread.
 """
 
 from __future__ import annotations
@@ -54,21 +54,23 @@ async def measure(goals: Mapping[str, str | None]) -> list[Row]:
     return [Row(EQUAL, equal / len(asked), "of models", goals[EQUAL], note)]
 
 
-def main(families: Sequence[str]) -> int:
-    """Try every model of some families; print and keep what became of each."""
+def main(chosen: Sequence[str]) -> int:
+    """Try models, or all of a family; print and keep what became of each."""
     import torch
 
     from tests import zoo
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    optional = [family for family in ("timm", "transformers") if not find_spec(family)]
-    chosen = [family for family in families or zoo.ZOO if family not in optional]
-    for family in optional:
+    absent = [family for family in ("timm", "transformers") if not find_spec(family)]
+    for family in absent:
         print(f"  {family} is not installed: its models are left out")
+    there = zoo.entries([family for family in zoo.ZOO if family not in absent])
+    entries = [e for e in there if not chosen or {e.name, e.family} & set(chosen)]
     known = json.loads(FILE.read_text()) if FILE.exists() else []
-    results = [kept for kept in known if kept["family"] not in chosen]
-    for entry in zoo.entries(chosen):
+    again = {entry.name for entry in entries}
+    results = [kept for kept in known if kept["name"] not in again]
+    for entry in entries:
         with TemporaryDirectory() as folder:
             result = zoo.attempt(entry, Path(folder))
         results.append(asdict(result))

@@ -27,7 +27,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 KNOWN = {
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
     "description", "enum", "format", "items", "maximum", "minItems", "minLength",
-    "minProperties", "minimum", "oneOf", "pattern", "properties", "required", "title", "type", "writeOnly",
+    "minProperties", "minimum", "oneOf", "pattern", "properties", "required",
+    "title", "type", "writeOnly",
 }  # fmt: skip
 GOOD: dict[str, Any] = {
     "pipeline": "toy",
@@ -72,7 +73,7 @@ def within(value: object, schema: dict[str, Any]) -> bool:
     if isinstance(value, int | float):
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
     if isinstance(value, dict):
-        return len(value) >= schema.get("minProperties", 0)
+        return len(value) >= int(schema.get("minProperties", 0))
     return not isinstance(value, list) or len(value) >= schema.get("minItems", 0)
 
 
