@@ -15,15 +15,20 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
+
+import numpy as np
 
 from streaminfer.errors import ConfigError, TransportError
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
 from streaminfer.transport import Consumer, Headers, Outgoing, Position, Producer, Record, Transport
 from streaminfer.transport.kafka import KafkaSettings, KafkaTransport
+from streaminfer.wire import TENSOR_INPUT, Tensor, TensorInput, encode_tensor_input, pack
 
 __all__ = ["Client", "Error", "Label", "Prediction", "Source", "connect"]
+
+Value: TypeAlias = Any  # bytes, a tensor of numpy or torch, or a dict of such tensors
 
 EARLY = 10_000  # answers kept that came before the ack of what they answer
 
@@ -127,6 +132,7 @@ class Client:
 
         async with Client("localhost:9092", pipeline="pipeline.yaml") as client:
             answer = await client.predict(Path("cat.jpg").read_bytes(), id="cat-1")
+            answer = await client.predict({"input_ids": ids, "attention_mask": mask})
             async for answer in client.stream(Path("images").iterdir()): ...
 
     `transport` replaces the address (the memory bus of a pipeline in this process).
@@ -174,7 +180,7 @@ class Client:
 
     async def send(
         self,
-        value: bytes | None,
+        value: Value | None,
         *,
         id: str | None = None,
         headers: Headers = (),
@@ -183,22 +189,27 @@ class Client:
     ) -> asyncio.Future[Position]:
         """Hand over one input (waits while the buffer is full); the future is its ack.
 
-        `id` is the record's key, so what has one id stays in order. `deadline_ms` is how many
-        milliseconds after now an answer is still worth its compute.
+        `value` is an image file's bytes, or one sample as a tensor (of numpy or torch, without a
+        batch dimension), or a dict of them by input. `id` is the record's key, so what has one id
+        stays in order. `deadline_ms` is how many milliseconds after now an answer is still worth
+        its compute.
+
+        Raises WireError for a tensor that cannot travel.
         """
         if self._producer is None:
             raise TransportError("the client is closed: use it as `async with Client(…)`")
-        more = [*headers]
+        body, kind = _message(value)
+        more = [*headers, *kind]
         more += [(f"si-meta-{name}", text.encode()) for name, text in (meta or {}).items()]
         if deadline_ms is not None:
             more.append(("si-deadline-ms", str(deadline_ms).encode()))
         key = id.encode() if id is not None else None
         async with self._sender:
-            return await self._producer.send(Outgoing(self._input, value, key, None, tuple(more)))
+            return await self._producer.send(Outgoing(self._input, body, key, None, tuple(more)))
 
     async def predict(
         self,
-        value: bytes,
+        value: Value,
         *,
         id: str | None = None,
         headers: Headers = (),
@@ -206,7 +217,7 @@ class Client:
         deadline_ms: int | None = None,
         timeout: float = 60.0,  # noqa: ASYNC109 - a bound on the answer, told as such
     ) -> Prediction:
-        """Send one image and await its outcome; errors are outcomes too (see `status`).
+        """Send one input, as `send`, and await its outcome; errors are outcomes too (`status`).
 
         Raises TimeoutError when there is none after `timeout` seconds (it may still come).
         """
@@ -223,8 +234,8 @@ class Client:
     ) -> AsyncGenerator[Prediction, None]:
         """Send many and yield their outcomes in the order of sending.
 
-        An image is bytes, a path, or a pair (id, bytes or path); a path's id is its name. At most
-        `concurrency` are unanswered at once.
+        An image is bytes, a path, a tensor or a dict of them (see `send`), or a pair (id, any of
+        these); a path's id is its name. At most `concurrency` are unanswered at once.
         """
         pending: deque[asyncio.Future[Position]] = deque()
         async for name, value in _each(images):
@@ -293,7 +304,7 @@ def _parsed(record: Record) -> Prediction | None:
 
 async def _each(
     images: Iterable[Any] | AsyncIterable[Any],
-) -> AsyncIterator[tuple[str | None, bytes]]:
+) -> AsyncIterator[tuple[str | None, Value]]:
     if isinstance(images, AsyncIterable):
         async for image in images:
             yield await _loaded(image)
@@ -302,9 +313,33 @@ async def _each(
             yield await _loaded(image)
 
 
-async def _loaded(image: Any) -> tuple[str | None, bytes]:
+async def _loaded(image: Any) -> tuple[str | None, Value]:
     name, value = image if isinstance(image, tuple) else (None, image)
     if isinstance(value, (str, os.PathLike)):
         path = Path(value)
         return name or path.name, await asyncio.to_thread(path.read_bytes)
     return name, value
+
+
+def _message(value: Value | None) -> tuple[bytes | None, list[tuple[str, bytes]]]:
+    """Return a record's value, and the header that says what is in it if it is tensors."""
+    if value is None or isinstance(value, (bytes, bytearray, memoryview)):
+        return None if value is None else bytes(value), []
+    if isinstance(value, Mapping):
+        message = TensorInput(tensors={str(name): _packed(one) for name, one in value.items()})
+    else:
+        message = TensorInput(_packed(value))
+    return encode_tensor_input(message), [("content-type", TENSOR_INPUT.encode())]
+
+
+def _packed(value: Any) -> Tensor:
+    """Return a numpy array, a torch tensor or nested lists as they travel: little endian."""
+    if hasattr(value, "detach"):  # torch's, without importing it
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            halves = value.contiguous().view(value.new_empty(0).short().dtype).numpy()
+            return pack("BF16", halves.shape, halves.astype("<i2", order="C").data)
+        value = value.numpy()
+    array = np.asarray(value)
+    array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    return pack(array.dtype.name, array.shape, memoryview(array.tobytes()))

@@ -132,6 +132,7 @@ class Plan(_Frozen):
     input: InputSpec
     stages: tuple[StagePlan, ...]
     top_k: int  # 0 = raw outputs
+    logits: str = ""  # of several outputs, the one that top_k ranks
     labels: tuple[str, ...] = ()
     random_weights: bool = False
 

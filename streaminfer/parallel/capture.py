@@ -9,14 +9,14 @@ they can be, and every node knows the module it came from.
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
 import logging
 import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +25,15 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from streaminfer.errors import CaptureError
+from streaminfer.parallel.graph import Capture, is_batched, is_rows
 from streaminfer.parallel.layers import Layers
-from streaminfer.parallel.mutation import Aliases, settle, written
-from streaminfer.parallel.operators import draws_random_numbers, name_of
+from streaminfer.parallel.mutation import settle
+from streaminfer.parallel.refusals import refuse
 
 __all__ = ["Capture", "capture", "is_batched", "is_rows", "model_line"]
 
 # They check what export saw (device, layout, value ranges); a stage checks its inputs itself.
 _ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A model as a graph. A position is an index into `nodes`: cut i lies right behind node i."""
-
-    nodes: tuple[fx.Node, ...]  # what computes, in order
-    inputs: tuple[fx.Node, ...]  # placeholders of tensors
-    outputs: Mapping[str, fx.Node]  # by the name the model gives them; "output" if there is one
-    tensors: Mapping[str, torch.Tensor]  # parameters, buffers, constants
-    layers: Layers
-    aliases: Aliases
-
-    @property
-    def batch(self) -> torch.SymInt:
-        """The symbol that stands for the number of rows."""
-        size = self.inputs[0].meta["val"].shape[0]
-        assert isinstance(size, torch.SymInt)  # noqa: S101 - capture() refuses the rest
-        return size
-
-
-def is_batched(node: fx.Node, batch: torch.SymInt) -> bool:
-    """Tell whether a node's value is a tensor with one row per sample."""
-    val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and val.dim() > 0 and _equal(val.shape[0], batch)
-
-
-def is_rows(node: fx.Node, batch: torch.SymInt) -> bool:
-    """Tell whether a node's value is the number of rows."""
-    return _equal(node.meta.get("val"), batch)
-
-
-def _equal(size: object, batch: torch.SymInt) -> bool:
-    return isinstance(size, torch.SymInt) and bool(size.node.expr == batch.node.expr)
 
 
 def capture(
@@ -105,8 +72,7 @@ def capture(
         layers=Layers([n for n in graph.nodes if n.op == "call_function"]),
         aliases=aliases,
     )
-    _refuse_foreign_nodes(captured)
-    _refuse_lost_rows(captured)
+    refuse(captured)
     return captured
 
 
@@ -124,9 +90,7 @@ def _export(
                 hint="model.example is the shape of one sample, without the batch",
             ) from error
         try:
-            return torch.export.export(
-                model, args, kwargs, dynamic_shapes=_dynamic(model, args, kwargs), strict=False
-            )
+            return _traced(model, args, kwargs)
         except Exception as error:
             raise CaptureError(
                 f"torch.export does not take this model: {_first_line(error)}",
@@ -139,15 +103,38 @@ def _is(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor)
 
 
-def _dynamic(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def mark(leaf: object) -> dict[int, object] | None:
-        return {0: torch.export.Dim.AUTO} if _is(leaf) else None
+def _traced(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    """Export with dimension 0 of every tensor open.
 
-    if kwargs:
-        return pytree.tree_map(mark, args), pytree.tree_map(mark, kwargs)
+    Several inputs are given one dimension by name: nothing in a model need say that the rows of a
+    mask are those of the words. But a name also forbids what `AUTO` infers, so that is the second.
+    """
+    sizes: list[object] = [torch.export.Dim.AUTO]
+    if sum(map(_is, pytree.tree_leaves((args, kwargs)))) > 1:
+        sizes.insert(0, torch.export.Dim("batch"))
+    for size in sizes:
+        shapes = _dynamic(model, args, kwargs, size)
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception:
+            if size is sizes[-1]:
+                raise
+    raise AssertionError
+
+
+def _dynamic(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: object
+) -> Any:
+    def mark(leaf: object) -> dict[int, object] | None:
+        return {0: size} if _is(leaf) else None
+
     # as torch sees them: what *args takes is one tuple
-    bound = inspect.signature(model.forward).bind(*args)
-    return pytree.tree_map(mark, tuple(bound.arguments.values()))
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    if not kwargs:
+        return pytree.tree_map(mark, tuple(bound.arguments.values()))
+    return pytree.tree_map(mark, dict(bound.arguments))
 
 
 @contextmanager
@@ -161,7 +148,9 @@ def _quiet() -> Iterator[None]:
         for child in noisy:
             child.disabled = True
         try:
-            yield
+            # it prints the graph so far when it meets a branch on a value
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                yield
         finally:
             for child in noisy:
                 child.disabled = False
@@ -235,59 +224,3 @@ def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
             if _is(value):
                 found[node.target] = value.detach()
     return found
-
-
-def _source_line(node: fx.Node) -> str:
-    """Return file:line of the innermost line of the model that made a node."""
-    skip = str(Path(torch.__file__).parent)
-    found = ""
-    for line in str(node.meta.get("stack_trace") or "").splitlines():
-        if line.strip().startswith('File "') and skip not in line:
-            name, _, rest = line.strip().removeprefix('File "').partition('", line ')
-            found = f"{name}:{rest.split(',')[0]}"
-    return found
-
-
-def _refuse_foreign_nodes(captured: Capture) -> None:
-    for node in captured.nodes:
-        where = _source_line(node)
-        if name_of(node.target) is None:
-            raise CaptureError(
-                f"operator {node.target} cannot be part of a stage",
-                where=where,
-                hint="stages hold torch's public ATen operators: no torch.cond, autocast blocks, "
-                "custom operators or views by stride",
-            )
-        if draws_random_numbers(node.target, node.args, node.kwargs):
-            raise CaptureError(
-                f"{node.target} draws random numbers, so no two runs agree",
-                where=where,
-                hint="in eval mode a model is a function: F.dropout(x, training=self.training)",
-            )
-        for value in written(node):
-            if any(m.op == "get_attr" for m in captured.aliases.members(value)):
-                raise CaptureError(
-                    f"{node.target} writes into a parameter or buffer: the model keeps state",
-                    where=where,
-                    hint="a stage may run anywhere and anew: it must not depend on earlier batches",
-                )
-
-
-def _refuse_lost_rows(captured: Capture) -> None:
-    for node in captured.inputs:
-        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
-            raise CaptureError(
-                f"the model has fixed the batch size of {node.name!r}",
-                hint="use x.shape[0] or -1 instead of a number in view, reshape, expand, zeros …",
-            )
-    for name, node in captured.outputs.items():
-        if not is_batched(node, captured.batch):
-            shape = list(getattr(node.meta.get("val"), "shape", ()))
-            raise CaptureError(
-                f"output {name!r} has no row per sample: its shape is {shape}",
-                where=_source_line(node),
-                hint="dimension 0 of every output must be the batch",
-            )
-    for node in captured.inputs:
-        if not is_batched(node, captured.batch):
-            raise CaptureError(f"input {node.name!r} may have another batch size than the others")

@@ -6,6 +6,7 @@ decided here, for those who write it (`capture`) and those who load it (`program
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
@@ -110,6 +111,7 @@ def name_of(target: object) -> str | None:
     return f"py.{python}" if python else None
 
 
+@functools.lru_cache(maxsize=4096)
 def resolve(name: str) -> Operator | None:
     """Return the operator of that name; None if there is none, or a stage may not hold it."""
     namespace, _, rest = name.partition(".")

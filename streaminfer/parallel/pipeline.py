@@ -91,7 +91,10 @@ class Cutter:
         if not isinstance(val, torch.Tensor):
             return "which is no tensor but a number or a list"
         if not is_batched(node, self.captured.batch):
-            return f"whose shape {list(val.shape)} has no row per sample"
+            mixed = not any(isinstance(n, torch.SymInt) for n in val.shape)
+            return f"whose shape {list(val.shape)} has no row per sample" + (
+                ": it depends on the whole batch, and workers merge batches" if mixed else ""
+            )
         if dtype_name(val.dtype) is None or val.layout != torch.strided:
             return f"whose type {val.dtype} cannot be sent"
         if any(isinstance(n, torch.SymInt) for n in val.shape[1:]):

@@ -45,6 +45,12 @@ _FORMATS = {
     "channels_last_3d": torch.channels_last_3d,
 }
 _FORMAT_NAMES = {value: name for name, value in _FORMATS.items()}
+_TABLES: dict[str, Mapping[str, object]] = {
+    "dtype": _TORCH_DTYPES,
+    "format": _FORMATS,
+    "layout": {"strided": torch.strided},
+    "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
+}  # by the tag of a value
 
 # ---- out -----------------------------------------------------------------------------------------
 
@@ -315,16 +321,10 @@ class _Loader:
         if tag == "v" and content in self._slots:
             self._last_use[self._slots[content]] = self._at
             return self._slots[content]
-        tables: dict[str, Mapping[str, object]] = {
-            "w": self._weights,
-            "dtype": _TORCH_DTYPES,
-            "format": _FORMATS,
-            "layout": {"strided": torch.strided},
-            "float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan},
-        }
-        if content not in tables.get(tag, {}):
+        table = self._weights if tag == "w" else _TABLES.get(tag, {})
+        if content not in table:
             _bad(f"unknown here: {str(value)[:60]}")
-        return tables[tag][content]
+        return table[content]
 
 
 def _has_hole(value: object) -> bool:

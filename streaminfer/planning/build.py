@@ -20,9 +20,12 @@ from streaminfer.plan import Exit, Plan, StagePlan, TensorSpec, exit_files, stag
 from streaminfer.planning.factory import make_model
 from streaminfer.planning.lower import Cell, lower
 from streaminfer.planning.source import source_key
-from streaminfer.spec import PipelineSpec
+from streaminfer.spec import PipelineSpec, did_you_mean
 
 __all__ = ["build"]
+
+USUAL = ("logits", "out")  # what models with several outputs call the one to rank
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> Plan:
@@ -35,7 +38,8 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
     key = source_key(spec, random_weights)
     base = spec.path.parent if spec.path else None
     cells = lower(spec, lambda model: make_model(model, base, random_weights=random_weights))
-    classes = _classes(spec, cells[-1].graph.outputs)
+    logits = _logits(spec, cells[-1].graph.outputs)
+    classes = logits.shape[1] if logits else None
     _same_classes(cells, classes)
     labels = _labels(spec, classes)
     with _replacing(folder) as part:
@@ -53,6 +57,7 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
             input=spec.input,
             stages=tuple(plans),
             top_k=spec.output.top_k,
+            logits=logits.name if logits and len(cells[-1].graph.outputs) > 1 else "",
             labels=labels,
             random_weights=random_weights,
         )
@@ -61,7 +66,9 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
 
 
 def _declared(spec: PipelineSpec) -> bytes:
-    numbers = {"input": spec.input.numbers(), "top_k": spec.output.top_k}
+    numbers: dict[str, object] = {"input": spec.input.numbers(), "top_k": spec.output.top_k}
+    if spec.output.logits:
+        numbers["logits"] = spec.output.logits
     return json.dumps(numbers, sort_keys=True).encode()
 
 
@@ -118,16 +125,31 @@ def _same_classes(cells: Sequence[Cell], classes: int | None) -> None:
             )
 
 
-def _classes(spec: PipelineSpec, outputs: Sequence[Port]) -> int | None:
-    """Return the number of classes; None where the outputs are raw and no one row of them."""
-    if len(outputs) == 1 and len(outputs[0].shape) == 2:
-        return outputs[0].shape[1]
-    if spec.output.top_k:
-        found = ", ".join(f"{p.name} {list(p.shape)}" for p in outputs)
+def _logits(spec: PipelineSpec, outputs: Sequence[Port]) -> Port | None:
+    """Return the output [batch, classes] that is ranked; None where the outputs are raw."""
+    ranked = [p for p in outputs if len(p.shape) == 2 and p.dtype in FLOATS]
+    found = ", ".join(f"{p.name} {list(p.shape)}" for p in outputs)
+    key = "output.logits" if spec.output.logits else "output.top_k"
+    where = f"{spec.path}: {key}" if spec.path else key
+    if spec.output.logits:
+        for port in ranked:
+            if port.name == spec.output.logits:
+                return port
         raise ConfigError(
-            f"output.top_k needs one output [batch, classes]; the model gives {found}",
-            where=f"{spec.path}: output.top_k" if spec.path else "output.top_k",
-            hint="top_k: 0 publishes raw outputs",
+            f"{spec.output.logits!r} is no output [batch, classes]; the model gives {found}",
+            where=where,
+            hint=did_you_mean(spec.output.logits, (p.name for p in ranked)),
+        )
+    usual = [p for p in ranked if p.name in USUAL]
+    for chosen in (outputs if ranked else (), usual):
+        if len(chosen) == 1:
+            return chosen[0]
+    if spec.output.top_k:
+        hint = f"output.logits: {ranked[0].name}; or " if ranked else ""
+        raise ConfigError(
+            f"output.top_k ranks one output [batch, classes]; the model gives {found}",
+            where=where,
+            hint=f"{hint}top_k: 0, which publishes raw outputs",
         )
     return None
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.pipeline import Cutter
-from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.planning.example import example_inputs
+from streaminfer.planning.factory import make_model
 from streaminfer.spec import ModelSpec
 
 __all__ = ["CutRow", "list_cuts"]
@@ -39,7 +40,8 @@ def list_cuts(
         ConfigError, CaptureError: the model cannot be made or captured.
     """
     made = make_model(model, path.parent if path else None, random_weights=random_weights)
-    cutter = Cutter(capture(made, (example_batch(model),)))
+    example = example_inputs(model)
+    cutter = Cutter(capture(made, example.args, example.kwargs))
     outermost: dict[int, str] = {}
     for layer in cutter.captured.layers:
         known = outermost.setdefault(layer.last, layer.path)

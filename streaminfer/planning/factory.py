@@ -19,28 +19,14 @@ from torch import nn
 
 from streaminfer.errors import ConfigError
 from streaminfer.parallel.capture import model_line
+from streaminfer.planning.example import SEED, example_inputs
 from streaminfer.planning.source import file_of_factory
 from streaminfer.spec import ModelSpec, did_you_mean
 
-__all__ = ["example_batch", "make_model"]
+__all__ = ["make_model"]
 
-SEED = 0
 _OF_WEIGHTS = ("weights", "weights_backbone", "pretrained")  # what torchvision calls them
 _NETWORK = ("urllib", "requests", "http", "httpx", "huggingface_hub", "socket")
-
-
-def example_batch(model: ModelSpec, rows: int = 2) -> torch.Tensor:
-    """Return seeded random input, float32 [rows, *example].
-
-    Each row has its own brightness per channel, as images do: rows of pure noise look all alike to
-    a network.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn((rows, *model.example), generator=generator)
-    if len(model.example) == 1:
-        return noise
-    shape = (rows, model.example[0], *[1] * (len(model.example) - 1))
-    return noise + torch.randn(shape, generator=generator)
 
 
 def make_model(
@@ -244,9 +230,9 @@ def _set_statistics(made: nn.Module, model: ModelSpec) -> None:
         norm.momentum = None  # the plain mean over all batches
         norm.train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        rows = example_batch(model, 16)
-        made(rows[:8])
-        made(rows[8:])
+        rows = example_inputs(model, 16)
+        rows[:8].into(made)
+        rows[8:].into(made)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -25,7 +25,7 @@ from streaminfer.parallel.signature import Port
 from streaminfer.parallel.spatial import split_tiles
 from streaminfer.parallel.tensor import split_channels
 from streaminfer.plan import PRESENT, Edge, Source
-from streaminfer.planning.factory import example_batch
+from streaminfer.planning.example import example_inputs
 from streaminfer.spec import ModelSpec, PipelineSpec
 from streaminfer.spec.models import ExitSpec, PartSpec, StageSpec
 
@@ -91,7 +91,8 @@ class _Lowering:
         return self._cells
 
     def _cutter(self, model: ModelSpec) -> Cutter:
-        return Cutter(capture(self._make(model), (example_batch(model),)))
+        given = example_inputs(model)
+        return Cutter(capture(self._make(model), given.args, given.kwargs))
 
     def _add(self, cell: Cell) -> Cell:
         self._cells.append(cell)

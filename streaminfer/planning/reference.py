@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from streaminfer.parallel import load
+from streaminfer.parallel import Program, load
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.fuse import Fuse
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.parallel.program import dump
-from streaminfer.planning.factory import example_batch, make_model
+from streaminfer.planning.example import Inputs, example_inputs
+from streaminfer.planning.factory import make_model
 from streaminfer.planning.lower import FUSES, exit_model
 from streaminfer.spec import ModelSpec, PipelineSpec
 from streaminfer.spec.models import StageSpec
 
 __all__ = ["reference"]
 
-Whole = Callable[[Tensor], Sequence[Tensor]]
+Whole = Callable[[Inputs], Sequence[Tensor]]
 Make = Callable[[ModelSpec], nn.Module]
+_Head = Callable[[Inputs, list[Tensor]], list[Tensor]]
 
 
 def reference(spec: PipelineSpec, *, random_weights: bool = False) -> Whole:
@@ -42,9 +44,9 @@ def reference(spec: PipelineSpec, *, random_weights: bool = False) -> Whole:
     return _ensemble(spec, last, make, whole)
 
 
-def outputs_of(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return the tensors that a model gives, in order."""
-    return [leaf for leaf in pytree.tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(inputs.into(model)) if isinstance(leaf, Tensor)]
 
 
 def _model(spec: PipelineSpec, make: Make) -> Whole:
@@ -55,8 +57,8 @@ def _model(spec: PipelineSpec, make: Make) -> Whole:
         return _tiles(model, split.grid or (1, 1), split.reduce)
     heads = _exits(spec, spec.model, model, make)
 
-    def run(batch: Tensor) -> Sequence[Tensor]:
-        outputs = outputs_of(model, batch)
+    def run(batch: Inputs) -> Sequence[Tensor]:
+        outputs = _outputs(model, batch)
         for head in reversed(heads):  # the first that is sure has the last word
             outputs = head(batch, outputs)
         return outputs
@@ -67,10 +69,12 @@ def _model(spec: PipelineSpec, make: Make) -> Whole:
 def _tiles(model: nn.Module, grid: tuple[int, int], reduce: str) -> Whole:
     """Take each tile for an image, and reduce what the model says of them."""
 
-    def run(batch: Tensor) -> Sequence[Tensor]:
-        rows = torch.tensor_split(batch, grid[0], 2)
+    def run(batch: Inputs) -> Sequence[Tensor]:
+        rows = torch.tensor_split(batch.args[0], grid[0], 2)
         tiles = [tile for row in rows for tile in torch.tensor_split(row, grid[1], 3)]
-        values = torch.stack([outputs_of(model, tile.contiguous())[0] for tile in tiles], 1)
+        values = torch.stack(
+            [_outputs(model, Inputs((tile.contiguous(),)))[0] for tile in tiles], 1
+        )
         if reduce == "sum":
             return [values.sum(1)]
         if reduce == "vote":
@@ -86,12 +90,13 @@ def _exits(
     declared: ModelSpec,
     model: nn.Module,
     make: Make,
-) -> list[Callable[[Tensor, list[Tensor]], list[Tensor]]]:
+) -> list[_Head]:
     """Return, for every exit, what puts its answers in the place of the model's."""
     exits = [stage for stage in spec.stages if stage.exit is not None]
     if not exits:
         return []
-    cutter = Cutter(capture(model, (example_batch(declared),)))
+    given = example_inputs(declared)
+    cutter = Cutter(capture(model, given.args, given.kwargs))
     found = []
     for stage in exits:
         assert stage.exit is not None  # noqa: S101 - chosen by it
@@ -104,11 +109,9 @@ def _exits(
     return found
 
 
-def _exit(
-    trunk: Callable[..., Sequence[Tensor]], head: nn.Module, threshold: float
-) -> Callable[[Tensor, list[Tensor]], list[Tensor]]:
-    def run(batch: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-        (logits,) = outputs_of(head, *trunk(batch))
+def _exit(trunk: Program, head: nn.Module, threshold: float) -> _Head:
+    def run(batch: Inputs, outputs: list[Tensor]) -> list[Tensor]:
+        (logits,) = _outputs(head, Inputs(trunk(*batch.ports(trunk.inputs))))
         sure = logits.float().softmax(1).amax(1) >= threshold
         return [torch.where(sure[:, None], logits, outputs[0])]
 
@@ -128,11 +131,11 @@ def _ensemble(
     else:
         fuse = make(ModelSpec(factory=stage.fuse, example=(1,)))
 
-    def run(batch: Tensor) -> Sequence[Tensor]:
-        inputs = trunk(batch) if trunk else [batch]
-        values = [outputs_of(model, *inputs)[0] for model in models]
+    def run(batch: Inputs) -> Sequence[Tensor]:
+        inputs = Inputs(tuple(trunk(batch))) if trunk else batch
+        values = [_outputs(model, inputs)[0] for model in models]
         if isinstance(fuse, Fuse):
             values = [torch.ones(len(batch), len(values)), *values]
-        return outputs_of(fuse, *values)
+        return _outputs(fuse, Inputs(tuple(values)))
 
     return run

@@ -88,7 +88,7 @@ def _declared(spec: PipelineSpec, random_weights: bool) -> dict[str, object]:
         "input": spec.input.model_dump(mode="json"),
         "stages": [stage.model_dump(mode="json", exclude=PLACEMENT) for stage in spec.stages],
         "edges": {path: _edge(spec, path) for path in spec.placed()},
-        "output": (spec.output.top_k, spec.output.labels),
+        "output": (spec.output.top_k, spec.output.labels, spec.output.logits),
         "random_weights": random_weights,
         "packages": sorted({text for model in _models(spec) for text in _packages(model)}),
     }

@@ -14,10 +14,10 @@ import torch
 from streaminfer.errors import PlanError
 from streaminfer.parallel import DTYPES, Program, check_inputs, load, weights
 from streaminfer.plan import CAST, PRESENT, Edge, Plan, StagePlan, exit_files, stage_files
-from streaminfer.planning.factory import example_batch
+from streaminfer.planning.example import Inputs, example_inputs
 from streaminfer.planning.reference import Whole, reference
 from streaminfer.planning.source import source_key
-from streaminfer.spec import PipelineSpec
+from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -69,7 +69,8 @@ def verify(
     Args:
         spec: the pipeline file.
         plan_folder: its plan directory.
-        images: real input, float32 [n, *example]; None: seeded random input.
+        images: real input of the model's one argument, float32 [n, *example]; None: seeded random
+            input.
         batch_sizes: compared one by one; images beyond the largest follow in batches of it.
 
     Raises:
@@ -114,13 +115,20 @@ def _plain_attention() -> Iterator[None]:
 
 def _batches(
     spec: PipelineSpec, images: torch.Tensor | None, sizes: Sequence[int]
-) -> Iterator[torch.Tensor]:
-    rows = example_batch(spec.first_model, max(sizes)) if images is None else images
+) -> Iterator[Inputs]:
+    model = spec.first_model
+    rows = example_inputs(model, max(sizes)) if images is None else _one(model, images)
     for size in sizes:
         if size <= len(rows):
             yield rows[:size]
     for start in range(max(sizes), len(rows), max(sizes)):
         yield rows[start : start + max(sizes)]
+
+
+def _one(model: ModelSpec, images: torch.Tensor) -> Inputs:
+    if isinstance(model.example, dict):
+        return Inputs(kwargs={next(iter(model.example)): images})
+    return Inputs((images,))
 
 
 class _Programs:
@@ -131,7 +139,7 @@ class _Programs:
         exits = [s for s in plan.stages if s.exit is not None]
         self._exits = {s.name: _load(exit_files(folder, s.name)) for s in exits}
 
-    def run(self, plan: Plan, batch: torch.Tensor) -> list[torch.Tensor]:
+    def run(self, plan: Plan, batch: Inputs) -> list[torch.Tensor]:
         """Run all: cast for the edge, made contiguous, cast back, checked."""
         made: dict[str, dict[str, torch.Tensor]] = {}
         answers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -150,10 +158,10 @@ class _Programs:
         return outputs
 
     def _inputs(
-        self, stage: StagePlan, made: dict[str, dict[str, torch.Tensor]], batch: torch.Tensor
+        self, stage: StagePlan, made: dict[str, dict[str, torch.Tensor]], batch: Inputs
     ) -> list[torch.Tensor]:
         if not stage.sources:
-            return [batch.contiguous()]
+            return [tensor.contiguous() for tensor in batch.ports(self._stages[stage.name].inputs)]
         given = {name: made[s.stage][name] for s in stage.sources for name in s.tensors}
         given.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources)))
         wire = CAST[stage.edge.dtype]
@@ -203,7 +211,7 @@ class _Tally:
             self.largest = max(self.largest, float(a.double().abs().nan_to_num(0, 0, 0).max()))
             self.max_uncast = max(self.max_uncast, _gap(a, b))
 
-    def check_rows(self, model: Whole, batch: torch.Tensor, whole: Sequence[torch.Tensor]) -> None:
+    def check_rows(self, model: Whole, batch: Inputs, whole: Sequence[torch.Tensor]) -> None:
         """Compare the last row of a batch with that row alone: workers merge and split batches."""
         if len(batch) > 1:
             alone = model(batch[-1:])

@@ -48,7 +48,7 @@ def forward(
         out_dtype=following.dtype,
         compress=following.compress,
         before=normalise(plan.input, where) if stage.pixels else None,
-        after=top_k(plan.top_k) if not takers and plan.top_k else None,
+        after=top_k(plan.top_k, plan.logits) if not takers and plan.top_k else None,
         exit=_exit(plan, folder, stage, where),
     )
     return Forward(made, metrics, timed=timed)
@@ -62,7 +62,7 @@ def _program(files: tuple[Path, Path], device: torch.device) -> Program:
 def _exit(plan: Plan, folder: Path, stage: StagePlan, device: torch.device) -> ExitHead | None:
     if stage.exit is None:
         return None
-    name = plan.stages[-1].outputs[0].name
+    name = plan.logits or plan.stages[-1].outputs[0].name
     classes = top_k(plan.top_k) if plan.top_k else None
 
     def answer(logits: torch.Tensor) -> Outputs:

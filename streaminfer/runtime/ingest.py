@@ -16,31 +16,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-
 from streaminfer.errors import DecodeError, Kind, SampleError, SchemaError
 from streaminfer.metrics import StageMetrics
-from streaminfer.plan import Plan
+from streaminfer.plan import Plan, TensorSpec
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.flow import Window
 from streaminfer.runtime.steps import Item, Plain, Result, Settled
+from streaminfer.spec import did_you_mean
 from streaminfer.transport import Record, TopicPartition
 from streaminfer.wire import (
     MAX_KEY,
     MAX_META,
     MAX_TEXT,
+    TENSOR_INPUT,
     Envelope,
     Failure,
     Sample,
     Tensor,
+    TensorInput,
     decode_tensor_input,
 )
 
 __all__ = ["TENSOR", "Ingest", "chain_at", "chained"]
 
-TENSOR = "application/vnd.streaminfer+msgpack"
+TENSOR = TENSOR_INPUT
 META = "si-meta-"
 MAX_ID = 512  # characters: ids travel with every hop
+
+_Row = dict[str, Tensor]  # one sample's inputs by name; no batch dimension
 
 
 def chained(note: str) -> int:
@@ -66,7 +69,7 @@ class Ingest(Plain):
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._plan, self._window, self._metrics, self._clock = plan, window, metrics, clock
-        self._row = plan.stages[0].inputs[0]
+        self._inputs = {spec.name: spec for spec in plan.stages[0].inputs}
         self._stage = plan.stages[0].name
         self._chain: dict[TopicPartition, int] = {}
         self._incarnation = os.urandom(4).hex()
@@ -139,12 +142,10 @@ class Ingest(Plain):
             meta=meta if _fits(meta) else {},
         )
 
-    def _decode(
-        self, live: Sequence[tuple[Sample, Record]]
-    ) -> list[tuple[Sample, np.ndarray | Tensor | None]]:
+    def _decode(self, live: Sequence[tuple[Sample, Record]]) -> list[tuple[Sample, _Row | None]]:
         """Run in the pool: turn each record into a row, or its sample into a failed one."""
         began = time.perf_counter()
-        rows: list[tuple[Sample, np.ndarray | Tensor | None]] = []
+        rows: list[tuple[Sample, _Row | None]] = []
         for sample, record in live:
             try:
                 rows.append(self._row_of(sample, record))
@@ -156,7 +157,7 @@ class Ingest(Plain):
         self._metrics.busy["decode"].inc(time.perf_counter() - began)
         return rows
 
-    def _row_of(self, sample: Sample, record: Record) -> tuple[Sample, np.ndarray | Tensor | None]:
+    def _row_of(self, sample: Sample, record: Record) -> tuple[Sample, _Row | None]:
         value = record.value or b""
         headers = dict(record.headers)
         spec = self._plan.input
@@ -168,12 +169,14 @@ class Ingest(Plain):
         kind = headers.get("content-type", b"").decode("ascii", "replace")
         if deadline := _deadline(headers, record.timestamp_ms):
             sample = replace(sample, deadline_ms=deadline)
-        row: np.ndarray | Tensor
+        row: _Row
         if kind.partition(";")[0].strip().lower() == TENSOR:
             sample, row = self._tensor(sample, value)
         elif spec.decode == "image":
-            row = decode_image(value, kind or None, spec)
-            self._check(row.shape, "image")
+            (taken,) = self._inputs.values()
+            pixels = decode_image(value, kind or None, spec)
+            _check_shape(pixels.shape, taken, "image")
+            row = {taken.name: Tensor("U8", pixels.shape, pixels.data.cast("B"))}
         else:
             raise SchemaError(
                 f"content-type is {kind or 'none'!r}; this pipeline takes tensors: {TENSOR}"
@@ -184,13 +187,14 @@ class Ingest(Plain):
             ), None
         return sample, row
 
-    def _tensor(self, sample: Sample, value: bytes) -> tuple[Sample, Tensor]:
+    def _tensor(self, sample: Sample, value: bytes) -> tuple[Sample, _Row]:
         message = decode_tensor_input(value, max_bytes=self._plan.input.max_bytes)
-        if message.tensor.dtype != self._row.dtype:
-            raise SchemaError(
-                f"tensor has dtype {message.tensor.dtype}; {self._row.name} takes {self._row.dtype}"
-            )
-        self._check(message.tensor.shape, "tensor")
+        row = self._named(message)
+        for name, tensor in row.items():
+            wanted = self._inputs[name]
+            if tensor.dtype != wanted.dtype:
+                raise SchemaError(f"tensor has dtype {tensor.dtype}; {name} takes {wanted.dtype}")
+            _check_shape(tensor.shape, wanted, "tensor")
         deadline = sample.deadline_ms
         if message.deadline_ms:
             deadline = sample.timestamp_ms + message.deadline_ms
@@ -201,20 +205,25 @@ class Ingest(Plain):
                 meta={**message.meta, **sample.meta},
                 deadline_ms=deadline,
             ),
-            message.tensor,
+            row,
         )
 
-    def _check(self, shape: tuple[int, ...], what: str) -> None:
-        fixed = self._row.shape[1:]
-        fits = len(shape) == len(fixed) and all(
-            want is None or have == want for have, want in zip(shape, fixed, strict=True)
-        )
-        if not fits:
-            wanted = tuple("any" if n is None else n for n in fixed)
-            raise SchemaError(
-                f"{what} has shape {tuple(shape)}; {self._row.name} takes {wanted}"
-                + (": set input.resize and input.crop to fit all images" * (what == "image"))
-            )
+    def _named(self, message: TensorInput) -> _Row:
+        """Give every input of the model its tensor, in the model's order."""
+        if message.tensor is not None:
+            if len(self._inputs) > 1:
+                raise SchemaError(
+                    f"one tensor, but the model takes {', '.join(self._inputs)}: send "
+                    "`tensors`, a map of them by name"
+                )
+            return dict.fromkeys(self._inputs, message.tensor)
+        for name in message.tensors:
+            if name not in self._inputs:
+                hint = did_you_mean(name[:80], self._inputs)
+                raise SchemaError(f"tensors.{name:.80}: the model has no such input; {hint}")
+        if missing := [name for name in self._inputs if name not in message.tensors]:
+            raise SchemaError(f"tensors.{missing[0]}: is missing")
+        return {name: message.tensors[name] for name in self._inputs}
 
     def _fail(
         self, sample: Sample, status: Literal["error", "expired"], kind: Kind, text: str
@@ -224,18 +233,17 @@ class Ingest(Plain):
         return replace(sample, failure=Failure(status, self._stage, kind, text[:1000]))
 
     def _form(
-        self, tp: TopicPartition, decoded: Sequence[tuple[Sample, np.ndarray | Tensor | None]]
+        self, tp: TopicPartition, decoded: Sequence[tuple[Sample, _Row | None]]
     ) -> tuple[tuple[Envelope, ...], tuple[Envelope, ...]]:
         """Group rows of one dtype and shape into envelopes: batches never pad."""
-        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Sample, np.ndarray | Tensor]]] = {}
+        groups: dict[tuple[object, ...], list[tuple[Sample, _Row]]] = {}
         failed = []
         for sample, row in decoded:
             if row is None:
                 failed.append(sample)
-            elif isinstance(row, Tensor):
-                groups.setdefault((row.dtype, row.shape), []).append((sample, row))
             else:
-                groups.setdefault(("U8", row.shape), []).append((sample, row))
+                key = tuple((tensor.dtype, tensor.shape) for tensor in row.values())
+                groups.setdefault(key, []).append((sample, row))
         count = len(groups) + bool(failed)
         envelopes = [
             Envelope(
@@ -243,10 +251,10 @@ class Ingest(Plain):
                 samples=tuple(sample for sample, _ in group),
                 digest=self._plan.digest,
                 incarnation=self._incarnation,
-                tensors={self._row.name: _stack(dtype, shape, [row for _, row in group])},
+                tensors={name: _stack([row[name] for _, row in group]) for name in group[0][1]},
                 part=(k, count),
             )
-            for k, ((dtype, shape), group) in enumerate(groups.items())
+            for k, group in enumerate(groups.values())
         ]
         if not failed:
             return tuple(envelopes), ()
@@ -278,12 +286,23 @@ def _check_headers(record: Record) -> None:
         )
 
 
-def _stack(dtype: str, shape: tuple[int, ...], rows: Sequence[np.ndarray | Tensor]) -> Tensor:
-    parts = [
-        memoryview(row.data) if isinstance(row, Tensor) else row.data.cast("B") for row in rows
-    ]
+def _check_shape(shape: tuple[int, ...], wanted: TensorSpec, what: str) -> None:
+    fixed = wanted.shape[1:]
+    fits = len(shape) == len(fixed) and all(
+        want is None or have == want for have, want in zip(shape, fixed, strict=True)
+    )
+    if not fits:
+        sizes = tuple("any" if n is None else n for n in fixed)
+        raise SchemaError(
+            f"{what} has shape {tuple(shape)}; {wanted.name} takes {sizes}"
+            + (": set input.resize and input.crop to fit all images" * (what == "image"))
+        )
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    parts = [row.data for row in rows]
     data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-    return Tensor(dtype, (len(rows), *shape), data)
+    return Tensor(rows[0].dtype, (len(rows), *rows[0].shape), data)
 
 
 def _deadline(headers: Mapping[str, bytes], timestamp_ms: int) -> int:

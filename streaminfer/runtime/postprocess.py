@@ -42,19 +42,20 @@ def batch_of(values: Sequence[bytes], spec: InputSpec) -> Tensor:
     return normalise(spec, torch.device("cpu"))(pixels)
 
 
-def top_k(k: int) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """Return the function from the model's one output, logits [N,C], to index and score [N,k].
+def top_k(k: int, logits: str = "") -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """Return the function from the model's logits [N,C] to index and score [N,k].
 
-    `index` is int32, `score` the softmax in float32, best first. Raises SchemaError if the model
-    has other outputs than one tensor of rank 2.
+    `logits` is the name of that output where there are several. `index` is int32, `score` the
+    softmax in float32, best first. Raises SchemaError if there is no such output of rank 2.
     """
 
     def run(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        (logits, *more) = outputs.values()
-        if more or logits.dim() != 2:
+        name = logits or next(iter(outputs))
+        ranked = outputs.get(name)
+        if ranked is None or ranked.dim() != 2 or (len(outputs) > 1 and not logits):
             shapes = {name: tuple(t.shape) for name, t in outputs.items()}
             raise SchemaError(f"output.top_k needs one output [batch, classes], found {shapes}")
-        score, index = logits.float().softmax(1).topk(min(k, logits.shape[1]), 1)
+        score, index = ranked.float().softmax(1).topk(min(k, ranked.shape[1]), 1)
         return {"index": index.to(torch.int32), "score": score}
 
     return run

@@ -18,6 +18,7 @@ from streaminfer.spec.models import (
     OutputSpec,
     PipelineSpec,
     StageSpec,
+    TensorExample,
     json_schema,
 )
 from streaminfer.spec.units import Duration, Size, parse_duration, parse_size
@@ -36,6 +37,7 @@ __all__ = [
     "Problem",
     "Size",
     "StageSpec",
+    "TensorExample",
     "did_you_mean",
     "json_schema",
     "load",

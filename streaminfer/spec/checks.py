@@ -20,10 +20,12 @@ if TYPE_CHECKING:
         PipelineSpec,
         SplitSpec,
         StageSpec,
+        TensorExample,
     )
 
 __all__ = [
     "Problem",
+    "bound_problems",
     "credential_problems",
     "did_you_mean",
     "edge_problems",
@@ -38,6 +40,7 @@ __all__ = [
     "topic_problems",
 ]
 
+INTEGERS = {"int64": 2**63 - 1, "int32": 2**31, "int16": 2**15, "int8": 128, "uint8": 256}
 RESERVED = ("sink", "input", "default")  # they mean something else where stages are named
 
 
@@ -242,14 +245,27 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
     """The example is what the input gives."""
     if spec.model is None and not spec.stages[0].branches:
         return
-    shape, crop = spec.first_model.example, spec.input.crop
     if spec.input.decode == "tensor":
         return
-    if len(shape) != 3 or shape[0] != spec.input.channels:
+    examples, crop = list(spec.first_model.examples().values()), spec.input.crop
+    shape = examples[0].shape
+    if len(examples) > 1:
+        yield Problem(
+            ("model", "example"),
+            f"{len(examples)} inputs, but an image is one",
+            "input.decode: tensor, and send them as tensors",
+        )
+    elif len(shape) != 3 or shape[0] != spec.input.channels:
         yield Problem(
             ("model", "example"),
             f"{list(shape)} is not an image of {spec.input.channels} channel(s)",
             "[channels, height, width]; or input.decode: tensor",
+        )
+    elif examples[0].dtype != "float32":
+        yield Problem(
+            ("model", "example"),
+            f"an image is float32, not {examples[0].dtype}",
+            "leave dtype out; or input.decode: tensor",
         )
     elif crop and shape[1:] != (crop, crop):
         yield Problem(
@@ -257,6 +273,21 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
             f"{list(shape)} is not what input.crop gives",
             f"[{shape[0]}, {crop}, {crop}]",
         )
+
+
+def bound_problems(spec: TensorExample) -> Iterator[Problem]:
+    """Whole numbers have a bound: an index beyond an embedding's end ends the capture."""
+    whole = spec.dtype.startswith(("int", "uint"))
+    if whole and spec.max is None:
+        yield Problem(
+            ("max",),
+            "is missing",
+            f"{spec.dtype} values are drawn from 0 to below it: the size of the vocabulary, say",
+        )
+    elif spec.max is not None and not whole:
+        yield Problem(("max",), f"is for whole numbers, not for {spec.dtype}", "drop max")
+    elif spec.max is not None and spec.max > (limit := INTEGERS[spec.dtype]):
+        yield Problem(("max",), f"{spec.max} is beyond {spec.dtype}", f"at most {limit}")
 
 
 def topic_problems(spec: PipelineSpec) -> Iterator[Problem]:

@@ -14,10 +14,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PrivateAttr,
     SecretStr,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -29,6 +31,7 @@ from streaminfer.spec.checks import Problem, did_you_mean, refuse
 from streaminfer.spec.units import (
     Channels,
     Devices,
+    DType,
     Duration,
     Factory,
     FileName,
@@ -54,6 +57,7 @@ __all__ = [
     "OutputSpec",
     "PipelineSpec",
     "StageSpec",
+    "TensorExample",
     "json_schema",
 ]
 
@@ -82,14 +86,69 @@ class _Frozen(BaseModel):
         return value
 
 
+class TensorExample(_Frozen):
+    """One input of a model: a sample's shape without the batch, and what may be in it.
+
+    Floats are random normal; whole numbers are random from 0 to below `max`.
+    """
+
+    shape: tuple[Positive, ...]
+    dtype: DType = "float32"
+    max: Positive | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        refuse(checks.bound_problems(self))
+        return self
+
+
+def _shape_alone(value: object) -> object:
+    return {"shape": value} if isinstance(value, list | tuple) else value
+
+
+_Shape = Annotated[tuple[Positive, ...], Field(min_length=1)]
+_OneInput = Annotated[
+    TensorExample, BeforeValidator(_shape_alone, json_schema_input_type=_Shape | TensorExample)
+]
+
+
+def _form(value: object) -> str:
+    if isinstance(value, dict):
+        return "named"
+    several = isinstance(value, list | tuple) and value and not isinstance(value[0], int | str)
+    return "several" if several else "one"
+
+
+Example = Annotated[
+    Annotated[_Shape, Tag("one")]
+    | Annotated[tuple[_OneInput, ...], Tag("several"), Field(min_length=1)]
+    | Annotated[dict[str, _OneInput], Tag("named"), Field(min_length=1)],
+    Discriminator(_form),
+]
+
+
 class ModelSpec(_Frozen):
-    """Where the model comes from. `example` is the shape of one sample, without the batch."""
+    """Where the model comes from. `example` is the shape of one sample, without the batch.
+
+    Of a model with several inputs, `example` is a list of them (given by position), or a mapping by
+    the names of the forward's arguments (given as keywords): {shape, dtype, max} each.
+    """
 
     factory: Factory
     kwargs: dict[str, JsonValue] = {}
     weights: FileName | None = None
-    example: tuple[Positive, ...] = Field(min_length=1)
+    example: Example
     version: Version = "1"
+
+    def examples(self) -> dict[str, TensorExample]:
+        """Return every input by the forward's argument, or by "0", "1", … where it has no name."""
+        if isinstance(self.example, dict):
+            return self.example
+        given = [e for e in self.example if isinstance(e, TensorExample)]
+        if not given:
+            shape = tuple(n for n in self.example if isinstance(n, int))
+            given = [TensorExample(shape=shape)]
+        return {str(i): one for i, one in enumerate(given)}
 
 
 class InputSpec(_Frozen):
@@ -264,11 +323,15 @@ EdgesSpec = dict[str, EdgeSpec]  # "default", or the name of the stage it leads 
 
 
 class OutputSpec(_Frozen):
-    """Predictions. `top_k` 0 = raw outputs; `labels`: a file, "imagenet", or the words."""
+    """Predictions. `top_k` 0 = raw outputs; `labels`: a file, "imagenet", or the words.
+
+    `logits` names the output that top_k ranks; left out, it is the only one, or `logits` or `out`.
+    """
 
     topic: Topic = "predictions"
     top_k: int = Field(default=5, ge=0, le=1000)
     labels: Labels = None
+    logits: FileName | None = None
 
 
 class KafkaSpec(_Frozen):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from streaminfer.spec.checks import Problem, did_you_mean, nearest
-from streaminfer.spec.models import PipelineSpec
+from streaminfer.spec.models import PipelineSpec, TensorExample
 from streaminfer.spec.tree import KeyPath
 
 __all__ = ["problems_of"]
@@ -33,9 +33,14 @@ EXPECTED = {
 }  # by how pydantic's error type begins
 
 
+FORMS = ("one", "several", "named")  # pydantic's words for the forms of model.example, not keys
+
+
 def problems_of(error: ValidationError) -> Iterator[Problem]:
     """Yield the problems of a PipelineSpec that was refused."""
     details = error.errors(include_url=False)
+    for detail in details:
+        detail["loc"] = _keys_only(detail["loc"])
     within = {detail["loc"][:n] for detail in details for n in range(len(detail["loc"]))}
     for detail in details:
         if detail["type"] == "too_short" and detail["loc"] in within:
@@ -46,6 +51,11 @@ def problems_of(error: ValidationError) -> Iterator[Problem]:
                 yield Problem((*detail["loc"], *path), message, hint)
         else:
             yield _problem(detail, context)
+
+
+def _keys_only(path: KeyPath) -> KeyPath:
+    formed = path[:2] == ("model", "example") and path[2:3] and path[2] in FORMS
+    return (*path[:2], *path[3:]) if formed else path
 
 
 def _problem(detail: ErrorDetails, context: dict[str, Any]) -> Problem:
@@ -85,6 +95,8 @@ def _keys(path: KeyPath) -> list[str]:
 def _field(path: KeyPath) -> Any:
     """Return the type that the models have at a key path, None where they have none."""
     kind: Any = PipelineSpec
+    if path[:2] == ("model", "example") and len(path) > 2:
+        kind, path = TensorExample, path[3:]
     for key in path:
         if _is_model(kind):
             field = kind.model_fields.get(key)

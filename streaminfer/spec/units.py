@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 __all__ = [
     "Channels",
+    "DType",
     "Device",
     "Devices",
     "Duration",
@@ -184,4 +185,16 @@ Labels = Annotated[
     str | tuple[str, ...] | None,
     BeforeValidator(_labels, json_schema_input_type=str | tuple[str | int, ...] | None),
 ]
+DType = Literal[
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+]  # torch's names of what may cross a cut
 Channels = Annotated[Literal[1, 3], BeforeValidator(_channels)]

@@ -67,6 +67,7 @@ ALIGN = 64
 BUFFER = 16_384  # msgpack's own first buffer is 1 MB: its page faults cost more than the packing
 PREFIX = struct.Struct("<3sBI")
 
+MAX_INPUTS = 64  # tensors in a user's message
 MAX_HEADER = 4 * 2**20  # bytes
 
 # Lists and maps in a header that is in order: the header, its columns, and one meta and one failure
@@ -186,28 +187,32 @@ def _check_rows(tensors: Mapping[str, Tensor], n: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TensorInput:
-    """A user's message with a tensor: one sample, so its shape has no batch dimension.
+    """A user's message: one sample, so shapes have no batch dimension.
 
     On the wire: the msgpack map `{v: 1, id?, tensor: {dtype, shape, data: bin}, meta?,
-    deadline_ms?}`; `dtype` is "F32" or "float32", `data` C-contiguous and little endian.
+    deadline_ms?}`; `dtype` is "F32" or "float32", `data` C-contiguous and little endian. A model
+    with several inputs takes `tensors: {name: {dtype, shape, data}}` in place of `tensor`; one with
+    a single input takes either.
     """
 
-    tensor: Tensor
+    tensor: Tensor | None = None
     id: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
     deadline_ms: int | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # by input, where `tensor` is None
 
 
 def encode_tensor_input(message: TensorInput) -> bytes:
-    """Write a user's message. Raises WireError if its tensor is compressed or not whole."""
-    tensor = message.tensor
-    wire_tensors.check(tensor)
-    if tensor.codec:
-        raise WireError(f"tensor is compressed by {tensor.codec}: decompress() it first")
+    """Write a user's message. Raises WireError if a tensor is compressed or not whole."""
+    if (message.tensor is None) != bool(message.tensors):
+        raise WireError("a message holds one tensor, or several by name, and not both")
     body: dict[str, object] = {"v": VERSION}
     if message.id is not None:
         body["id"] = message.id
-    body["tensor"] = {"dtype": tensor.dtype, "shape": tensor.shape, "data": tensor.data}
+    if message.tensor is not None:
+        body["tensor"] = _user_fields(message.tensor)
+    else:
+        body["tensors"] = {name: _user_fields(tensor) for name, tensor in message.tensors.items()}
     if message.meta:
         body["meta"] = dict(message.meta)
     if message.deadline_ms is not None:
@@ -219,6 +224,13 @@ def encode_tensor_input(message: TensorInput) -> bytes:
     return packed
 
 
+def _user_fields(tensor: Tensor) -> dict[str, object]:
+    wire_tensors.check(tensor)
+    if tensor.codec:
+        raise WireError(f"tensor is compressed by {tensor.codec}: decompress() it first")
+    return {"dtype": tensor.dtype, "shape": tensor.shape, "data": tensor.data}
+
+
 def decode_tensor_input(value: bytes, *, max_bytes: int) -> TensorInput:
     """Read a user's message. Raises SchemaError with the key, what it must be, what it is."""
     if len(value) > max_bytes:
@@ -226,17 +238,17 @@ def decode_tensor_input(value: bytes, *, max_bytes: int) -> TensorInput:
     try:
         body = _unpack(
             value,
-            4,  # message, tensor, shape, meta
+            3 + 2 * MAX_INPUTS,  # message, tensors, meta; a tensor and its shape each
             max_str_len=4 * MAX_TEXT,
             max_bin_len=max_bytes,
             max_array_len=wire_tensors.MAX_DIMS,
-            max_map_len=MAX_META,
+            max_map_len=max(MAX_META, MAX_INPUTS),
         )
     except WireError as error:
         raise _wrong("message", "a msgpack map", str(error)) from None
-    fields = _fields(
-        "", body, {"v": int, "tensor": dict}, {"id": str, "meta": dict, "deadline_ms": int}
-    )
+    optional = {"id": str, "meta": dict, "deadline_ms": int}
+    several = type(body) is dict and "tensors" in body and "tensor" not in body
+    fields = _fields("", body, {"v": int, "tensors" if several else "tensor": dict}, optional)
     if fields["v"] != VERSION:
         raise _wrong("v", str(VERSION), repr(fields["v"]))
     id_, deadline = fields["id"], fields["deadline_ms"]
@@ -249,25 +261,37 @@ def decode_tensor_input(value: bytes, *, max_bytes: int) -> TensorInput:
             raise _wrong(
                 f"meta.{key!s:.80}", f"a str of at most {MAX_TEXT} characters", _kind(text)
             )
-    return TensorInput(_user_tensor(fields["tensor"]), id_, fields["meta"] or {}, deadline)
+    meta = fields["meta"] or {}
+    if several:
+        return TensorInput(None, id_, meta, deadline, _user_tensors(fields["tensors"]))
+    return TensorInput(_user_tensor("tensor", fields["tensor"]), id_, meta, deadline)
 
 
-def _user_tensor(body: object) -> Tensor:
-    fields = _fields("tensor.", body, {"dtype": str, "shape": list, "data": bytes}, {})
+def _user_tensors(body: dict[object, object]) -> dict[str, Tensor]:
+    if not 1 <= len(body) <= MAX_INPUTS:
+        raise _wrong("tensors", f"1 to {MAX_INPUTS} tensors by name", str(len(body)))
+    for name in body:
+        if type(name) is not str or not 1 <= len(name) <= MAX_TEXT:
+            raise _wrong(f"tensors.{name!s:.80}", f"a name of 1 to {MAX_TEXT} characters", "it")
+    return {str(name): _user_tensor(f"tensors.{name!s:.80}", one) for name, one in body.items()}
+
+
+def _user_tensor(where: str, body: object) -> Tensor:
+    fields = _fields(f"{where}.", body, {"dtype": str, "shape": list, "data": bytes}, {})
     shape, data = tuple(fields["shape"]), fields["data"]
     try:
         dtype = wire_tensors.dtype_name(fields["dtype"])
     except WireError:
         names = ", ".join(wire_tensors.ITEMSIZE)
-        raise _wrong("tensor.dtype", f"one of {names}", repr(fields["dtype"])[:80]) from None
+        raise _wrong(f"{where}.dtype", f"one of {names}", repr(fields["dtype"])[:80]) from None
     try:
         nbytes = wire_tensors.raw_size(dtype, shape)
     except WireError as error:
-        raise _wrong("tensor.shape", "a list of sizes", str(error)) from None
+        raise _wrong(f"{where}.shape", "a list of sizes", str(error)) from None
     if len(data) != nbytes:
-        raise _wrong("tensor.data", f"{nbytes} bytes ({dtype} of {list(shape)})", f"{len(data)}")
+        raise _wrong(f"{where}.data", f"{nbytes} bytes ({dtype} of {list(shape)})", f"{len(data)}")
     if dtype == "BOOL" and data.translate(None, b"\0\1"):
-        raise _wrong("tensor.data", "bytes of 0 and 1 (BOOL)", "others")
+        raise _wrong(f"{where}.data", "bytes of 0 and 1 (BOOL)", "others")
     return wire_tensors.pack(dtype, shape, data)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, memory, replicas, resnet50
+from tests.benchmarks import bounded, digits, loading, memory, replicas, resnet50, zoo
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -30,6 +30,8 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
+    (loading.measure, {loading.TIME: "≤ 20", loading.BYTES: "≤ 1.01"}),
+    (zoo.measure, {zoo.EQUAL: "≥ 1.0"}),
 )
 NAMES = [name for _, goals in MEASURES for name in goals]
 

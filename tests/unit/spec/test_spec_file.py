@@ -102,6 +102,30 @@ def test_every_mistake_is_placed_and_explained(
     assert words in str(error)
 
 
+@pytest.mark.parametrize(
+    ("example", "key", "words"),
+    [
+        ("{a: {shap: [3]}}", "model.example.a.shap", "unknown key (did you mean shape?)"),
+        ("{a: {shape: [3], dtype: int46}}", "model.example.a.dtype", "did you mean int64?"),
+        ("{a: {shape: [3], dtype: int64}}", "model.example.a.max", "is missing (int64 values"),
+        ("{a: {shape: [3], max: 5}}", "model.example.a.max", "is for whole numbers"),
+        ("{a: {shape: [3], dtype: int8, max: 500}}", "model.example.a.max", "at most 128"),
+        ("{a: [3, 0]}", "model.example.a.shape.1", "expected at least 1, found 0"),
+        ("[[3], [x]]", "model.example.1.shape.0", 'expected a whole number, found "x"'),
+        ("[[3, 8, 8], [2]]", "model.example", "2 inputs, but an image is one"),
+        ("{a: {shape: [3, 8, 8], dtype: float16}}", "model.example", "an image is float32"),
+        ("{}", "model.example", "expected at least 1"),
+        ("5", "model.example", "expected a list, found 5"),
+    ],
+)
+def test_mistakes_in_an_example_of_several_inputs_are_placed(
+    write: Write, example: str, key: str, words: str
+) -> None:
+    error = refused(write(BASE.replace("[3, 8, 8]", example)))
+    assert f"toy.yaml:2: {key}: " in str(error).replace("\n  hint", " hint")
+    assert words in str(error).replace("\n  hint: ", " (")
+
+
 def test_stages_are_called_by_their_names(write: Write) -> None:
     error = refused(write(BASE.replace("name: head", "name: head, devise: cpu")))
     assert error.where.endswith("toy.yaml:6: stages.head.devise")

@@ -217,6 +217,18 @@ def test_tensors_have_any_shape() -> None:
     assert spec.first_model.example == (8,)
 
 
+def test_inputs_have_names_or_places() -> None:
+    one = declare().model
+    assert {name: each.shape for name, each in one.examples().items()} == {"0": (3, 8, 8)}
+    given = {"decode": "tensor"}
+    places = declare(model={"factory": "m:f", "example": [[3], {"shape": []}]}, input=given).model
+    assert {name: each.shape for name, each in places.examples().items()} == {"0": (3,), "1": ()}
+    ids = {"shape": [4], "dtype": "int64", "max": 9}
+    names = declare(model={"factory": "m:f", "example": {"ids": ids, "mask": [4]}}, input=given)
+    found = names.first_model.examples()
+    assert (found["ids"].max, found["ids"].dtype, found["mask"].dtype) == (9, "int64", "float32")
+
+
 def test_the_inputs_part_of_the_digest_is_what_changes_numbers() -> None:
     one = InputSpec(crop=8, mean=(0.5,) * 3, std=(0.2,) * 3)
     same = InputSpec(crop=8, mean=(0.5,) * 3, std=(0.2,) * 3, topic="x", max_bytes=1, max_pixels=1)

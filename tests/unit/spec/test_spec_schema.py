@@ -27,7 +27,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 KNOWN = {
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
     "description", "enum", "exclusiveMinimum", "format", "items", "maximum", "minItems",
-    "minLength", "minimum", "pattern", "properties", "required", "title", "type", "writeOnly",
+    "minLength", "minProperties", "minimum", "oneOf", "pattern", "properties", "required",
+    "title", "type", "writeOnly",
 }  # fmt: skip
 GOOD: dict[str, Any] = {
     "pipeline": "toy",
@@ -56,8 +57,9 @@ def wrong(value: object, schema: dict[str, Any], root: dict[str, Any]) -> Iterat
     assert set(schema) <= KNOWN, set(schema) - KNOWN
     if "$ref" in schema:
         yield from wrong(value, root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root)
-    if "anyOf" in schema and all(any(wrong(value, s, root)) for s in schema["anyOf"]):
-        yield f"{value!r} is none of them"
+    for word in ("anyOf", "oneOf"):
+        if word in schema and all(any(wrong(value, s, root)) for s in schema[word]):
+            yield f"{value!r} is none of them"
     kind = schema.get("type")
     if kind and type(value) not in TYPES[kind]:  # a bool is an int, but not here
         yield f"{value!r} is no {kind}"
@@ -80,6 +82,8 @@ def within(value: object, schema: dict[str, Any]) -> bool:
     if isinstance(value, int | float):
         above = value > schema.get("exclusiveMinimum", value - 1)
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value)) and above
+    if isinstance(value, dict):
+        return len(value) >= int(schema.get("minProperties", 0))
     return not isinstance(value, list) or len(value) >= schema.get("minItems", 0)
 
 
@@ -115,6 +119,15 @@ def test_a_good_file_is_good_for_both() -> None:
 
 
 @pytest.mark.parametrize(
+    "example", [[[3], [4, 4]], {"a": [3], "b": {"shape": [4], "dtype": "int64", "max": 2}}]
+)
+def test_examples_of_several_inputs_are_good_for_both(example: object) -> None:
+    several = {"model": {"factory": "m:f", "example": example}, "input": {"decode": "tensor"}}
+    assert judge(GOOD | several) == []
+    PipelineSpec.model_validate(GOOD | several)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"batc": {}},
@@ -139,6 +152,8 @@ def test_a_good_file_is_good_for_both() -> None:
         {"output": {"labels": 3}},
         {"model": {"factory": "resnet", "example": [3, 8, 8]}},
         {"model": {"factory": "m:f"}},
+        {"model": {"factory": "m:f", "example": {"a": {"shape": [3], "dtype": "int46"}}}},
+        {"model": {"factory": "m:f", "example": {}}},
         {"kafka": {"security_protocol": "TLS"}},
         {"metrics": {"port": 70000}},
     ],

@@ -28,7 +28,9 @@ def test_the_shortest_message() -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "float32"])
 def test_both_names_of_a_dtype_are_taken(dtype: str) -> None:
-    assert read(tensor={**TENSOR, "dtype": dtype}).tensor.dtype == "F32"
+    tensor = read(tensor={**TENSOR, "dtype": dtype}).tensor
+    assert tensor is not None
+    assert tensor.dtype == "F32"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_both_names_of_a_dtype_are_taken(dtype: str) -> None:
         TensorInput(pack("F32", (2, 3), bytes(24)), "cat-1", {"camera": "7"}, 250),
         TensorInput(pack("U8", (), b"a"), "käse"),
         TensorInput(pack("BF16", (0, 3), b"")),
+        TensorInput(tensors={"ids": pack("I64", (2,), bytes(16)), "mask": pack("U8", (2,), b"ab")}),
     ],
 )
 def test_what_the_client_writes_is_read(message: TensorInput) -> None:
@@ -61,6 +64,16 @@ def test_what_the_client_writes_is_read(message: TensorInput) -> None:
         ({"tensor": {**TENSOR, "layout": "NCHW"}}, "tensor.layout: expected no key but dtype"),
         ({"tensor": {"dtype": "bool", "shape": [2], "data": b"\0\2"}}, "bytes of 0 and 1"),
         ({"images": []}, "images: expected no key but v, tensor, id, meta, deadline_ms"),
+        ({"tensors": {"a": TENSOR}}, "tensors: expected no key but v, tensor"),
+        ({"tensor": ..., "tensors": {}}, "tensors: expected 1 to 64 tensors by name, found 0"),
+        ({"tensor": ..., "tensors": {str(k): {} for k in range(65)}}, "message: .*65"),
+        ({"tensor": ..., "tensors": [TENSOR]}, "tensors: expected dict, found list"),
+        ({"tensor": ..., "tensors": {"a": 3}}, "tensors.a: expected a map, found int"),
+        ({"tensor": ..., "tensors": {b"a": TENSOR}}, "tensors.b'a': expected a name"),
+        (
+            {"tensor": ..., "tensors": {"a": TENSOR, "b": {**TENSOR, "data": b"ab"}}},
+            r"tensors.b.data: expected 24 bytes \(F32 of \[2, 3\]\), found 2",
+        ),
         ({"id": 7}, "id: expected str, found int"),
         ({"id": ""}, "id: expected 1 to 4096 characters, found 0"),
         ({"id": "x" * 5000}, "over|at most"),
@@ -87,6 +100,14 @@ def test_what_is_no_message_is_said_to_be_none(value: bytes) -> None:
 def test_a_message_over_the_cap_is_refused() -> None:
     with pytest.raises(SchemaError, match="at most 10 bytes, found"):
         decode_tensor_input(encode_tensor_input(read()), max_bytes=10)
+
+
+@pytest.mark.parametrize(
+    "message", [TensorInput(), TensorInput(read().tensor, tensors={"a": pack("U8", (), b"a")})]
+)
+def test_neither_no_tensor_nor_two_forms_of_it_are_written(message: TensorInput) -> None:
+    with pytest.raises(WireError, match="one tensor, or several by name"):
+        encode_tensor_input(message)
 
 
 def test_a_compressed_tensor_is_not_written() -> None:

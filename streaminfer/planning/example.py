@@ -1,0 +1,79 @@
+"""Input that a model's example describes: rows of it, by position or by name, seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from streaminfer.errors import ConfigError
+from streaminfer.parallel import DTYPES, Port
+from streaminfer.spec import ModelSpec, TensorExample
+
+__all__ = ["SEED", "Inputs", "example_batch", "example_inputs"]
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with; dimension 0 of every tensor is the rows."""
+
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(next(iter((*self.args, *self.kwargs.values()))))
+
+    def __getitem__(self, rows: slice) -> Inputs:
+        """Return some of the rows."""
+        named = {name: tensor[rows] for name, tensor in self.kwargs.items()}
+        return Inputs(tuple(tensor[rows] for tensor in self.args), named)
+
+    def into(self, model: nn.Module) -> object:
+        """Call a model."""
+        return model(*self.args, **self.kwargs)
+
+    def ports(self, ports: tuple[Port, ...]) -> list[Tensor]:
+        """Return the tensors in the order of a first stage's inputs, which have their names."""
+        rest = [port.name for port in ports if port.name not in self.kwargs]
+        given = {**self.kwargs, **dict(zip(rest, self.args, strict=True))}
+        return [given[port.name] for port in ports]
+
+
+def example_inputs(model: ModelSpec, rows: int = 2) -> Inputs:
+    """Return seeded random input: floats are normal, whole numbers from 0 to below `max`.
+
+    Each row has its own brightness per channel, as images do: rows of pure noise look all alike to
+    a network.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    made = {name: _random(one, rows, generator) for name, one in model.examples().items()}
+    return Inputs(kwargs=made) if isinstance(model.example, dict) else Inputs(tuple(made.values()))
+
+
+def example_batch(model: ModelSpec, rows: int = 2) -> Tensor:
+    """Return the one tensor of `example_inputs`, [rows, *example].
+
+    Raises:
+        ConfigError: the model has several inputs, or takes its one by name.
+    """
+    inputs = example_inputs(model, rows)
+    if inputs.kwargs or len(inputs.args) > 1:
+        raise ConfigError("the model takes more than one tensor by position", where="model.example")
+    return inputs.args[0]
+
+
+def _random(example: TensorExample, rows: int, generator: torch.Generator) -> Tensor:
+    dtype = next(d for d in DTYPES.values() if str(d) == f"torch.{example.dtype}")
+    size = (rows, *example.shape)
+    if not dtype.is_floating_point:
+        return torch.randint(0, example.max or 2, size, generator=generator).to(dtype)
+    noise = torch.randn(size, generator=generator)
+    if len(size) > 2:
+        shape = (rows, size[1], *[1] * (len(size) - 2))
+        noise = noise + torch.randn(shape, generator=generator)
+    return noise.to(dtype)
