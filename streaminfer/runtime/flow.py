@@ -93,7 +93,8 @@ class Window:
         """Note a sample that was ingested; its interval ends before `end`."""
         if flight := self._flights.get(tp):
             flight.ends.append(end)
-            self._judge(tp)
+            if flight.samples >= self.size:
+                self._closed.add(tp)
 
     def answered(self, tp: TopicPartition, watermark: int) -> None:
         """Note how far the sink is; a reading below an earlier one is stale and ignored."""

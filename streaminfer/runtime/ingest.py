@@ -93,7 +93,7 @@ class Ingest(Plain):
     async def __call__(self, items: Sequence[Item]) -> Result:
         """Decode the records of each item into one envelope per shape."""
         # the chain is walked before the first await: calls begin in the order of the records
-        walked = [(item.records[0].position.tp, *self._walk(item)) for item in items]
+        walked = [(item.records[0].tp, *self._walk(item)) for item in items]
         settled = tuple(s for _, done, _ in walked for s in done)
         outputs: list[Envelope] = []
         outcomes: list[Envelope] = []
@@ -108,30 +108,29 @@ class Ingest(Plain):
 
     def _walk(self, item: Item) -> tuple[list[Settled], list[tuple[Sample, Record]]]:
         """Give every record its interval; tombstones only lengthen the next one's."""
-        tp = item.records[0].position.tp
+        tp = item.records[0].tp
         settled: list[Settled] = []
         live: list[tuple[Sample, Record]] = []
         if tp not in self._chain:  # revoked: the new owner reads these again
             return settled, live
-        for record in item.records:
+        start = self._chain[tp]
+        for record, position in zip(item.records, item.positions, strict=True):
             if record.value is not None:
-                live.append((self._sample(record, self._chain[tp]), record))
-                self._chain[tp] = record.offset + 1
-                self._window.enter(tp, record.offset + 1)
-            settled.append(Settled(record.position, chain_at(self._chain[tp])))
+                live.append((self._sample(record, start), record))
+                start = record.offset + 1
+                self._window.enter(tp, start)
+            settled.append(Settled(position, chain_at(start)))
+        self._chain[tp] = start
         return settled, live
 
     def _sample(self, record: Record, start: int) -> Sample:
-        headers = dict(record.headers)
-        named = headers.get("si-id") or headers.get("ce_id") or record.key
+        named = record.key
+        meta: dict[str, str] = {}
+        if record.headers:
+            headers = dict(record.headers)
+            named = headers.get("si-id") or headers.get("ce_id") or record.key
+            meta = _meta(headers)
         text = named.decode("utf-8", "replace") if named else ""
-        meta = {
-            name[len(META) :]: value.decode("utf-8", "replace")
-            for name, value in record.headers
-            if name.startswith(META)
-        }
-        if trace := headers.get("traceparent"):
-            meta["traceparent"] = trace.decode("ascii", "replace")
         return Sample(
             offset=record.offset,
             start=start,
@@ -139,7 +138,7 @@ class Ingest(Plain):
             # what cannot travel is cut here and refused in `_row_of`
             key=record.key if len(record.key or b"") <= MAX_KEY else None,
             timestamp_ms=record.timestamp_ms,
-            meta=meta if _fits(meta) else {},
+            meta=meta if not meta or _fits(meta) else {},
         )
 
     def _decode(self, live: Sequence[tuple[Sample, Record]]) -> list[tuple[Sample, _Row | None]]:
@@ -165,7 +164,7 @@ class Ingest(Plain):
             raise DecodeError(
                 f"the value has {len(value):,} bytes; input.max_bytes is {spec.max_bytes:,}"
             )
-        _check_headers(record)
+        _check_sizes(record)
         kind = headers.get("content-type", b"").decode("ascii", "replace")
         if deadline := _deadline(headers, record.timestamp_ms):
             sample = replace(sample, deadline_ms=deadline)
@@ -274,10 +273,24 @@ def _fits(meta: Mapping[str, str]) -> bool:
     )
 
 
-def _check_headers(record: Record) -> None:
+def _meta(headers: Mapping[str, bytes]) -> dict[str, str]:
+    """Return what comes back in the answer, by its name there."""
+    meta = {
+        name[len(META) :]: value.decode("utf-8", "replace")
+        for name, value in headers.items()
+        if name.startswith(META)
+    }
+    if trace := headers.get("traceparent"):
+        meta["traceparent"] = trace.decode("ascii", "replace")
+    return meta
+
+
+def _check_sizes(record: Record) -> None:
     """Refuse what an envelope does not carry."""
-    if len(record.key or b"") > MAX_KEY:
-        raise SchemaError(f"the key has {len(record.key or b''):,} bytes; at most {MAX_KEY:,}")
+    if record.key is not None and len(record.key) > MAX_KEY:
+        raise SchemaError(f"the key has {len(record.key):,} bytes; at most {MAX_KEY:,}")
+    if not record.headers:
+        return
     meta = {k: v.decode("utf-8", "replace") for k, v in record.headers if k.startswith(META)}
     if not _fits(meta):
         raise SchemaError(

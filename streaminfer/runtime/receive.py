@@ -85,7 +85,7 @@ class Raw:
         """Queue records by partition."""
         now = self._clock()
         for record in records:
-            self._backlog.setdefault(record.position.tp, deque()).append((record, now))
+            self._backlog.setdefault(record.tp, deque()).append((record, now))
 
     def take(self) -> Iterator[Item]:
         """Hand out full micro-batches, and parts whose oldest record has waited enough."""

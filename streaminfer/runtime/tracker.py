@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import groupby
+from operator import attrgetter
 
 from streaminfer.runtime.steps import Settled
 from streaminfer.transport import Commit, Position, TopicPartition
@@ -58,21 +60,19 @@ class Tracker:
     def deliver(self, positions: Iterable[Position]) -> None:
         """Note records as received, in offset order within each partition."""
         now = self._clock()
-        for position in positions:
-            if log := self._logs.get(position.tp):
-                log.open.append((position.offset, now))
+        for tp, run in groupby(positions, attrgetter("topic", "partition")):
+            if log := self._logs.get(TopicPartition(*tp)):
+                log.open.extend((position.offset, now) for position in run)
 
     def settle(self, settled: Iterable[Settled], notes: Mapping[TopicPartition, str]) -> None:
         """Note records as done; `notes` go into the next commit whatever its prefix."""
-        touched = set()
-        for position, note in settled:
-            log = self._logs.get(position.tp)
-            # below the prefix: a call of an earlier assignment came home late
-            if log and log.open and position.offset >= log.open[0][0]:
-                log.done[position.offset] = note
-                touched.add(position.tp)
-        for tp in touched:
-            self._logs[tp].advance()
+        for tp, run in groupby(settled, attrgetter("position.topic", "position.partition")):
+            log = self._logs.get(TopicPartition(*tp))
+            if not log or not log.open:
+                continue
+            first = log.open[0][0]  # below it: a call of an earlier assignment came home late
+            log.done.update((p.offset, note) for p, note in run if p.offset >= first)
+            log.advance()
         for tp, note in notes.items():
             if log := self._logs.get(tp):
                 log.latest = note

@@ -322,7 +322,7 @@ class Worker(Listener):
         self._metrics.record_size["in"].observe_all(sizes)
         if self._trimmer:
             for record, size in zip(records, sizes, strict=True):
-                self._trimmer.received(record.position.tp, size)
+                self._trimmer.received(record.tp, size)
 
 
 def _resident() -> int:

@@ -73,6 +73,11 @@ class Record:
         return Position(self.topic, self.partition, self.offset)
 
     @property
+    def tp(self) -> TopicPartition:
+        """The log it was read from."""
+        return TopicPartition(self.topic, self.partition)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of key and value."""
         return len(self.key or b"") + len(self.value or b"")
