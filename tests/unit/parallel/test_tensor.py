@@ -148,6 +148,26 @@ RULES = {
     "transposed groups": Rule(
         sequence(a=nn.ConvTranspose2d(6, 9, 3, groups=3)), PIXELS, ("cat",), ("a",)
     ),
+    "weights made of weights": Rule(
+        of(
+            lambda m, x: torch.relu(m.a(x)) @ m.b.weight.T,
+            a=nn.utils.parametrizations.weight_norm(nn.Linear(6, 13)),
+            b=nn.Linear(13, 7),
+        ),
+        (4, 6),
+        ("add",),
+        (),
+    ),
+    "products of activations": Rule(
+        of(
+            lambda m, x: torch.addmm(m.a(x), x, x.T[:, :1].expand(6, 13).contiguous()),
+            a=nn.Linear(6, 13),
+        ),
+        (6,),
+        # what has no row per sample is not sent but computed again
+        ("cat", "numpy_T", "slice", "expand", "contiguous", "addmm"),
+        ("a",),
+    ),
     # by input channels, so that there are sums
     "pair": Rule(
         sequence(a=conv(6, 13), b=nn.ReLU(), c=conv(13, 7)), PIXELS, ("add",), ("a", "c")
