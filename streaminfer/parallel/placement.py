@@ -48,6 +48,7 @@ __all__ = [
     "width",
 ]
 
+_LANES = (16, 8)  # float32 in a vector register of 512 and 256 bits
 Ranges = tuple[tuple[int, int], ...]  # channels [from, to) of one part, in the order it holds them
 
 
@@ -116,11 +117,11 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, node: fx.Node, **changes: object) -> Call:
+    def of(cls, node: fx.Node, /, **changes: object) -> Call:
         """Return a node's own call with arguments, by their names, replaced."""
         return cls(node.target, node.args, node.kwargs).but(**changes)
 
-    def but(self, **changes: object) -> Call:
+    def but(self, /, **changes: object) -> Call:
         """Return the call with arguments, by their names, replaced."""
         names = [a.name for a in self.target._schema.arguments] if changes else []
         args, kwargs = list(self.args), dict(self.kwargs)
@@ -189,7 +190,17 @@ def width(ranges: Ranges) -> int:
 
 
 def even(channels: int, parts: int, unit: int = 1) -> tuple[Ranges, ...]:
-    """Split channels into ranges as equal as possible, the larger first, at multiples of `unit`."""
+    """Split channels into ranges as equal as possible, at multiples of `unit`.
+
+    Kernels compute channels by vectors of 8 or 16 and what is left over in another way, with other
+    last bits. So shards end at such multiples, too, if none grows by more than an eighth for it.
+    """
+    fair = -(-channels // parts)
+    for lanes in _LANES:
+        block = math.lcm(unit, lanes)
+        ends = [round(channels * i / parts / block) * block for i in range(parts)] + [channels]
+        if all(0 < b - a <= fair * 9 / 8 for a, b in pairwise(ends)):
+            return tuple(((a, b),) for a, b in pairwise(ends))
     share, rest = divmod(channels // unit, parts)
     ends = [(share * i + min(i, rest)) * unit for i in range(parts + 1)]
     return tuple(((a, b),) for a, b in pairwise(ends))

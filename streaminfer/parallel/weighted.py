@@ -62,12 +62,19 @@ _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # every step reads all cha
 
 def _layer(node: fx.Node) -> _Layer | None:
     """Return what is what in a weighted operator; None of others, as products of activations."""
-    name = operator_name(node)
-    layer = _LAYERS.get(name)
-    if layer is None or name not in ("mm", "matmul"):
+    layer = _LAYERS.get(operator_name(node))
+    if layer is None or layer in (_CONV, _TRANSPOSED):
         return layer
-    weight = bound(node)[layer.weight]
-    return layer if weight.op == "get_attr" and len(shape_of(weight)) == 2 else None
+    given = bound(node)
+    weight, bias = given[layer.weight], given[layer.bias] if layer.bias else None
+    is_matrix = len(shape_of(weight)) == 2 and _is_fixed(weight)
+    return layer if is_matrix and (bias is None or len(shape_of(bias)) == 1) else None
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Tell whether a value is a weight, or made of weights alone, as a transposed one is."""
+    sources = node.all_input_nodes
+    return node.op == "get_attr" or (bool(sources) and all(_is_fixed(n) for n in sources))
 
 
 def is_weighted(node: fx.Node) -> bool:
