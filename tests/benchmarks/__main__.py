@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, memory, resnet50
+from tests.benchmarks import bounded, digits, memory, resnet50, tiles
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -27,6 +27,7 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (digits.measure, {digits.CHAIN: "≥ 0.5"}),
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
+    (tiles.measure, {tiles.TIME: "≤ 0.55", tiles.MEMORY: "≤ 0.55"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
 )
 NAMES = [name for _, goals in MEASURES for name in goals]
