@@ -152,15 +152,16 @@ def _survey(cutter: Cutter, first: int, last: int, inputs: Sequence[fx.Node]) ->
 
 def _sort(cutter: Cutter, position: int, found: _Survey) -> None:
     node = cutter.captured.nodes[position]
-    sources = node.all_input_nodes
-    data = [n for n in sources if n in found.maps or n in found.whole or n in found.pooled]
+    data = [
+        n for n in node.all_input_nodes if n in found.maps or n in found.whole or n in found.pooled
+    ]
+    what = f"{_place(node)} cannot be computed by tiles: aten.{operator_name(node)}"
+    if written(node):
+        raise _Obstacle(position, f"{what} writes into memory that others read")
     if not data or is_rows(node, cutter.captured.batch):
         return
     maps = [n for n in data if n in found.maps]
     pooled = [n for n in data if n in found.pooled]
-    what = f"{_place(node)} cannot be computed by tiles: aten.{operator_name(node)}"
-    if written(node):
-        raise _Obstacle(position, f"{what} writes into memory that others read")
     if not maps:
         (found.pooled if pooled else found.whole).add(node)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from streaminfer.parallel.tile import Box, Size, Tile, area, map_size
 __all__ = ["Pool", "multiply_accumulates", "pool_of", "rule_of"]
 
 aten = torch.ops.aten
+ENDLESS = 2**62  # what export writes for no end is the largest integer
 
 # Place by place, but without torch's tag for it.
 _POINTWISE = {"hardswish", "log_sigmoid", "masked_fill", "threshold", "where"}
@@ -113,9 +114,18 @@ def _along_channels(node: fx.Node) -> Rule | str:
     bound = bind(node)
     dim = bound.get("dim", -1)
     dims = list(dim) if isinstance(dim, list | tuple) else [dim]
+    if operator_name(node) == "slice" and _takes_all(bound):
+        return Local(broadcast=False)
     if dims not in ([1], [-3]) or bound.get("keepdim") is False:
         return "it works along other dimensions than the channels"
     return Local(broadcast=operator_name(node) == "cat")
+
+
+def _takes_all(bound: Mapping[str, object]) -> bool:
+    """Tell whether a slice is the `:` of x[:, :3, :, :]."""
+    end = bound["end"]
+    endless = end is None or (isinstance(end, int) and end >= ENDLESS)
+    return endless and bound["start"] in (None, 0) and bound["step"] == 1
 
 
 def _axes(
@@ -188,10 +198,12 @@ def _pad(node: fx.Node) -> Rule | str:
 
 def _zoom(node: fx.Node) -> Rule | str:
     bound, linear = bind(node), "bilinear" in operator_name(node)
+    if "scale_factors" not in bound:
+        return f"no rule for its form {node.target}"
     size, result = size_of(source_of(node)), size_of(node)
     factors = [m // n for n, m in zip(size, result, strict=True)]
     whole = [n * f for n, f in zip(size, factors, strict=True)] == list(result)
-    scales = bound.get("scale_factors") or factors
+    scales = bound["scale_factors"] or factors
     if not whole or list(map(float, _pair(scales))) != list(map(float, factors)):
         return "it draws the map larger by no whole number"
     if linear and (bound["align_corners"] or any(f & (f - 1) for f in factors)):
@@ -265,10 +277,11 @@ def pool_of(node: fx.Node) -> Pool | None:
     bound = bind(node)
     if name == "adaptive_avg_pool2d":
         return Pool("mean", keepdim=True) if map_size(node) == (1, 1) else None
-    if name == "avg_pool2d":
-        kernel = _pair(bound["kernel_size"])
-        plain = kernel == size and not any(_pair(bound["padding"]))
-        return Pool("mean", keepdim=True) if plain and not bound["divisor_override"] else None
+    if name in ("avg_pool2d", "max_pool2d"):
+        if _pair(bound["kernel_size"]) != size or any(_pair(bound["padding"])):
+            return None
+        plain = _pair(bound.get("dilation", 1)) == (1, 1) and not bound.get("divisor_override")
+        return Pool("mean" if name == "avg_pool2d" else "amax", keepdim=True) if plain else None
     if name in ("mean", "sum", "amax", "amin") and isinstance(bound.get("dim"), list | tuple):
         dims = sorted(dim % 4 for dim in bound["dim"])
         return Pool(name, bool(bound["keepdim"])) if dims == [2, 3] else None

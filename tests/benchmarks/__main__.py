@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, loading, memory, replicas, resnet50, zoo
+from tests.benchmarks import bounded, digits, loading, memory, replicas, resnet50, tiles, zoo
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -29,6 +29,7 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (replicas.balance, {replicas.BALANCE: "≥ 2.0"}),
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
+    (tiles.measure, {tiles.TIME: "≤ 0.55", tiles.MEMORY: "≤ 0.55"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
     (loading.measure, {loading.TIME: "≤ 20", loading.BYTES: "≤ 1.01"}),
     (zoo.measure, {zoo.EQUAL: "≥ 1.0"}),

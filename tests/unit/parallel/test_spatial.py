@@ -206,6 +206,12 @@ def behind(module: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), module)
 
 
+def halved(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, :2].mul_(0.5)
+    return y
+
+
 NEAREST = "`until: 1`"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "squeeze and excitation": (
@@ -225,6 +231,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "rows cut off": (lambda: behind(Called(lambda x: x[:, :, 2:])), "other dimensions", NEAREST),
     "joined by rows": (
         lambda: behind(Called(lambda x: torch.cat([x, x], 2))), "other dimensions", NEAREST
+    ),
+    "written in place": (
+        lambda: behind(Called(halved)), "writes into memory that others read", NEAREST
     ),
     "circular padding": (
         lambda: behind(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),

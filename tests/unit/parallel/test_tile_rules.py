@@ -160,6 +160,7 @@ RULES: dict[str, Callable[[], nn.Module]] = {
     "weights": Weights,
     "activations": lambda: Apply(lambda x: F.gelu(F.hardswish(F.silu(x)).clamp(-1, 2)) ** 2),
     "chunks": lambda: Apply(chunked, 7),
+    "channels cut out": lambda: Apply(lambda x: x[:, 1:3, :, :], 2),
     "across channels": lambda: Apply(looked_at),
     "gated": lambda: Apply(lambda x: F.glu(x, 1), 2),
     "nearest by 2": lambda: Apply(nn.Upsample(scale_factor=2)),
@@ -177,6 +178,7 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum": lambda x: x.amax((2, 3)),
     "minimum": lambda x: x.amin((-2, -1), keepdim=True),
     "window as large as the map": lambda x: F.avg_pool2d(x, (7, 9)),
+    "maximum of a window as large as the map": lambda x: F.max_pool2d(x, (7, 9)),
     "both": lambda x: x.mean((2, 3)) + x.amax((2, 3)),
 }
 
