@@ -218,10 +218,12 @@ def test_tensors_have_any_shape() -> None:
 
 
 def test_inputs_have_names_or_places() -> None:
-    one = declare().model
+    one = declare().first_model
     assert {name: each.shape for name, each in one.examples().items()} == {"0": (3, 8, 8)}
     given = {"decode": "tensor"}
-    places = declare(model={"factory": "m:f", "example": [[3], {"shape": []}]}, input=given).model
+    places = declare(
+        model={"factory": "m:f", "example": [[3], {"shape": []}]}, input=given
+    ).first_model
     assert {name: each.shape for name, each in places.examples().items()} == {"0": (3,), "1": ()}
     ids = {"shape": [4], "dtype": "int64", "max": 9}
     names = declare(model={"factory": "m:f", "example": {"ids": ids, "mask": [4]}}, input=given)
