@@ -18,11 +18,10 @@ from streaminfer.errors import CaptureError, ConfigError
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.fan import Fan
 from streaminfer.parallel.fuse import Fuse
-from streaminfer.parallel.graphs import example, identity, renamed
-from streaminfer.parallel.patches import approximate_tiles
 from streaminfer.parallel.pipeline import Cutter, StageGraph
+from streaminfer.parallel.relabel import example, identity, renamed
 from streaminfer.parallel.signature import Port
-from streaminfer.parallel.spatial import split_tiles
+from streaminfer.parallel.spatial import approximate_tiles, split_tiles
 from streaminfer.parallel.tensor import split_channels
 from streaminfer.plan import PRESENT, Edge, Source
 from streaminfer.planning.example import example_inputs

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from streaminfer.errors import CaptureError
 from streaminfer.parallel.pipeline import Cutter
-from streaminfer.parallel.placement import even
 from streaminfer.parallel.program import dump
 from streaminfer.parallel.tensor import split_channels
+from streaminfer.parallel.tensor.placement import even
 from tests.fans import (
     PIXELS,
     ROUNDED,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streaminfer.errors import CaptureError
-from streaminfer.parallel.layout import Form
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.parallel.tensor import channels_problem, split_channels
+from streaminfer.parallel.tensor.layout import Form
 from tests.fans import (
     IMAGE,
     PIXELS,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from streaminfer.errors import CaptureError
-from streaminfer.parallel.patches import Reduce, approximate_tiles
 from streaminfer.parallel.pipeline import StageGraph
+from streaminfer.parallel.spatial.patches import Reduce, approximate_tiles
 from tests.tiled import assert_same, cutter_of, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.tensor.placement import (
     Call,
     Env,
     NeedsWholeError,
@@ -24,7 +24,7 @@ from streaminfer.parallel.placement import (
     operator_name,
     shape_of,
 )
-from streaminfer.parallel.shapes import linear_step
+from streaminfer.parallel.tensor.shapes import linear_step
 
 __all__ = ["alongside", "is_pointwise", "pointwise"]
 

@@ -17,7 +17,7 @@ from streaminfer.parallel.fan import Fan
 from streaminfer.parallel.pipeline import StageGraph
 from streaminfer.parallel.program import dump, load
 from streaminfer.parallel.signature import DTYPES, Port
-from streaminfer.parallel.tile import Box, crop, shares
+from streaminfer.parallel.spatial.tile import Box, crop, shares
 
 __all__ = ["Reduce", "approximate_tiles"]
 

@@ -15,11 +15,12 @@ from torch import fx
 from streaminfer.errors import CaptureError
 from streaminfer.parallel.capture import is_batched, is_rows
 from streaminfer.parallel.fan import Fan
-from streaminfer.parallel.halo import Rule, operator_name
 from streaminfer.parallel.layers import path_of
 from streaminfer.parallel.mutation import written
 from streaminfer.parallel.pipeline import Cutter, StageGraph, port
-from streaminfer.parallel.tile import (
+from streaminfer.parallel.spatial.halo import Rule, operator_name
+from streaminfer.parallel.spatial.rules import Pool, multiply_accumulates, pool_of, rule_of
+from streaminfer.parallel.spatial.tile import (
     Box,
     Output,
     Size,
@@ -30,7 +31,6 @@ from streaminfer.parallel.tile import (
     shares,
     union,
 )
-from streaminfer.parallel.tile_rules import Pool, multiply_accumulates, pool_of, rule_of
 
 __all__ = ["overhead", "split_tiles", "tiles_problem"]
 

@@ -22,9 +22,10 @@ from streaminfer.parallel.builder import Builder
 from streaminfer.parallel.capture import Capture
 from streaminfer.parallel.fan import Fan
 from streaminfer.parallel.layers import path_of
-from streaminfer.parallel.layout import Form, Layout, lay_out
 from streaminfer.parallel.pipeline import Cutter, StageGraph, port
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.signature import Port
+from streaminfer.parallel.tensor.layout import Form, Layout, lay_out
+from streaminfer.parallel.tensor.placement import (
     Call,
     Joined,
     Partial,
@@ -34,7 +35,6 @@ from streaminfer.parallel.placement import (
     Whole,
     width,
 )
-from streaminfer.parallel.signature import Port
 from streaminfer.parallel.weights import aligned, same_memory
 
 __all__ = ["channels_problem", "split_channels"]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.tensor.placement import (
     Call,
     Env,
     NeedsWholeError,
@@ -31,9 +31,9 @@ from streaminfer.parallel.placement import (
     shape_of,
     width,
 )
-from streaminfer.parallel.pointwise import alongside, is_pointwise, pointwise
-from streaminfer.parallel.shapes import linear_step, sharded_step
-from streaminfer.parallel.weighted import is_weighted, weighted
+from streaminfer.parallel.tensor.pointwise import alongside, is_pointwise, pointwise
+from streaminfer.parallel.tensor.shapes import linear_step, sharded_step
+from streaminfer.parallel.tensor.weighted import is_weighted, weighted
 
 __all__ = ["step"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.tensor.placement import (
     Call,
     Env,
     NeedsWholeError,

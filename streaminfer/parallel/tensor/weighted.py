@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.tensor.placement import (
     Call,
     Env,
     NeedsWholeError,

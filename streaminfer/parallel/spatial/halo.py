@@ -18,7 +18,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from streaminfer.parallel.operators import arguments
-from streaminfer.parallel.tile import Box, Size, Span, Tile, map_size
+from streaminfer.parallel.spatial.tile import Box, Size, Span, Tile, map_size
 
 __all__ = [
     "Adaptive",

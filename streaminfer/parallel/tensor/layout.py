@@ -14,10 +14,10 @@ from typing import Literal
 
 from torch import fx
 
-from streaminfer.parallel.algebra import step
 from streaminfer.parallel.mutation import written
 from streaminfer.parallel.pipeline import Cutter
-from streaminfer.parallel.placement import (
+from streaminfer.parallel.tensor.algebra import step
+from streaminfer.parallel.tensor.placement import (
     WHOLE,
     Env,
     Joined,
@@ -33,7 +33,7 @@ from streaminfer.parallel.placement import (
     label,
     shape_of,
 )
-from streaminfer.parallel.weighted import contracted, groups_of, is_weighted
+from streaminfer.parallel.tensor.weighted import contracted, groups_of, is_weighted
 
 __all__ = ["Form", "Layout", "lay_out"]
 

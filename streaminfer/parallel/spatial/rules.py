@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from streaminfer.parallel.halo import (
+from streaminfer.parallel.spatial.halo import (
     Adaptive,
     Averaged,
     Item,
@@ -27,7 +27,7 @@ from streaminfer.parallel.halo import (
     size_of,
     source_of,
 )
-from streaminfer.parallel.tile import Box, Size, Tile, area, map_size
+from streaminfer.parallel.spatial.tile import Box, Size, Tile, area, map_size
 
 __all__ = ["Pool", "multiply_accumulates", "pool_of", "rule_of"]
 
