@@ -14,7 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, loading, memory, replicas, resnet50, tiles, zoo
+from tests.benchmarks import (
+    bounded,
+    digits,
+    loading,
+    memory,
+    replicas,
+    resnet50,
+    shards,
+    speedup,
+    tiles,
+    zoo,
+)
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -31,6 +42,8 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
     (tiles.measure, {tiles.TIME: "≤ 0.55", tiles.MEMORY: "≤ 0.55"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
+    (shards.measure, {shards.EQUAL: "≥ 1.0", shards.PAIRS: "≤ 1e-6"}),
+    (speedup.measure, {speedup.MEMORY: "≥ 1.85", speedup.KAFKA: "≥ 1.7"}),
     (loading.measure, {loading.TIME: "≤ 20", loading.BYTES: "≤ 1.01"}),
     (zoo.measure, {zoo.EQUAL: "≥ 1.0"}),
 )
