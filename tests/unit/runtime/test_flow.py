@@ -45,6 +45,21 @@ def test_a_new_owner_counts_what_the_last_one_left_in_flight() -> None:
     assert window.room(TP) == 4
 
 
+def test_the_watermark_is_read_while_the_window_may_close() -> None:
+    """Never read, a window closes for good; read at all times, it costs a request each."""
+    window = Window(8)
+    window.assign(TP, 0, 0)
+    for end in (1, 2):
+        window.enter(TP, end)
+    assert window.near() == frozenset()
+    window.enter(TP, 3)
+    assert window.near() == {TP}
+    least = Window(1)
+    least.assign(TP, 0, 0)
+    least.enter(TP, 1)
+    assert least.closed() == least.near() == {TP}
+
+
 def test_offsets_without_samples_do_not_count() -> None:
     """Transaction markers and tombstones widen intervals; they are no load."""
     window = Window(3)
