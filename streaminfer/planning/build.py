@@ -38,7 +38,7 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
     """
     key = source_key(spec, random_weights)
     base = spec.path.parent if spec.path else None
-    model = make_model(spec.model, base, random_weights=random_weights)
+    model = make_model(spec.model, base, random_weights=random_weights, trust=spec.trust)
     example = example_inputs(spec.model)
     cutter = Cutter(capture(model, example.args, example.kwargs))
     stages = cutter.split(cutter.cuts([s.until for s in spec.stages if s.until is not None]))

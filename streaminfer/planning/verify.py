@@ -85,7 +85,7 @@ def verify(
             hint="build it again: streaminfer build PIPELINE",
         )
     base = spec.path.parent if spec.path else None
-    model = make_model(spec.model, base, random_weights=plan.random_weights)
+    model = make_model(spec.model, base, random_weights=plan.random_weights, trust=spec.trust)
     programs = [_load(plan_folder, stage.name) for stage in plan.stages]
     native = plan.model_copy(
         update={"stages": tuple(s.model_copy(update={"edge": Edge()}) for s in plan.stages)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from streaminfer.spec.models import InputSpec, KafkaSpec, PipelineSpec, TensorExample
+    from streaminfer.spec.models import InputSpec, KafkaSpec, ModelSpec, PipelineSpec, TensorExample
 
 __all__ = [
     "Problem",
@@ -21,6 +21,7 @@ __all__ = [
     "did_you_mean",
     "edge_problems",
     "example_problems",
+    "file_problems",
     "input_problems",
     "nearest",
     "refuse",
@@ -135,6 +136,13 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
             f"{list(shape)} is not what input.crop gives",
             f"[{shape[0]}, {crop}, {crop}]",
         )
+
+
+def file_problems(spec: ModelSpec) -> Iterator[Problem]:
+    """An exported model has its arguments and weights in it."""
+    for key in ("kwargs", "weights"):
+        if spec.file and getattr(spec, key):
+            yield Problem((key,), "is for a factory: model.file has all in it", f"drop {key}")
 
 
 def bound_problems(spec: TensorExample) -> Iterator[Problem]:
