@@ -51,6 +51,10 @@ Random = Annotated[
     bool,
     typer.Option("--random-weights", help="Don't load weights: seeded random ones, for trying."),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Read a model.file (.pt2): its reader can run what is in it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Paths = Annotated[
     list[str],
@@ -70,6 +74,7 @@ def run(
     ] = None,
     plan: PlanDir = None,
     random_weights: Random = False,
+    trust: Trust = False,
     send: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,7 +85,7 @@ def run(
     """Run the whole pipeline here: one process on the memory bus, or one per worker on Kafka."""
     from streaminfer import commands
 
-    spec = _load(pipeline, kafka)
+    spec = _load(pipeline, kafka).trusted(trust)
     raise typer.Exit(
         _await(commands.run(spec, bus=bus, plan=plan, random_weights=random_weights, send=send))
     )
@@ -100,6 +105,7 @@ def worker(
     kafka: Kafka = None,
     plan: PlanDir = None,
     random_weights: Random = False,
+    trust: Trust = False,
     metrics_port: Annotated[
         int | None, typer.Option(help="Port of /metrics; 0 is any free one.")
     ] = None,
@@ -109,7 +115,7 @@ def worker(
 
     if (stage is None) == (not sink):
         raise typer.BadParameter("name one: --stage NAME or --sink")
-    spec = _load(pipeline, kafka)
+    spec = _load(pipeline, kafka).trusted(trust)
     _await(
         commands.worker(
             spec,
@@ -124,12 +130,16 @@ def worker(
 
 @app.command()
 def build(
-    pipeline: Pipeline, plan: PlanDir = None, random_weights: Random = False, as_json: Json = False
+    pipeline: Pipeline,
+    plan: PlanDir = None,
+    random_weights: Random = False,
+    trust: Trust = False,
+    as_json: Json = False,
 ) -> None:
     """Capture the model, cut it, and write the plan directory that workers read."""
     from streaminfer import commands
 
-    folder, made = commands.plan_of(_load(pipeline), plan, random_weights)
+    folder, made = commands.plan_of(_load(pipeline).trusted(trust), plan, random_weights)
     if as_json:
         return typer.echo(json.dumps({"plan": str(folder), **made.model_dump(mode="json")}))
     return commands.print_plan(folder, made)
@@ -143,12 +153,13 @@ def verify(
     ] = None,
     plan: PlanDir = None,
     random_weights: Random = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Prove that the cut model gives what the whole model gives."""
     from streaminfer import commands
 
-    report = commands.verify(_load(pipeline), images or [], plan, random_weights)
+    report = commands.verify(_load(pipeline).trusted(trust), images or [], plan, random_weights)
     typer.echo(report.to_json()) if as_json else commands.print_verified(report)
     if not report.holds:
         raise typer.Exit(1)
@@ -164,12 +175,13 @@ def cut(
     ] = "3,224,224",
     kwargs: Annotated[str, typer.Option(metavar="JSON", help="Arguments of the factory.")] = "{}",
     random_weights: Random = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """List where a model can be cut, and the bytes per image that would travel there."""
     from streaminfer import commands
 
-    rows = commands.cuts(model, example, kwargs, random_weights)
+    rows = commands.cuts(model, example, kwargs, random_weights, trust)
     typer.echo(json.dumps([row._asdict() for row in rows])) if as_json else commands.print_cuts(
         rows
     )

@@ -81,7 +81,9 @@ def print_verified(report: VerifyReport) -> None:
         console.print("a row in a batch is not what it is alone: this model mixes its samples")
 
 
-def cuts(model: str, example: str, kwargs: str, random_weights: bool) -> list[CutRow]:
+def cuts(
+    model: str, example: str, kwargs: str, random_weights: bool, trust: bool = False
+) -> list[CutRow]:
     """List the legal cuts of a pipeline file's model, or of a factory's."""
     from streaminfer.planning.cuts import list_cuts
     from streaminfer.spec import ModelSpec
@@ -89,7 +91,7 @@ def cuts(model: str, example: str, kwargs: str, random_weights: bool) -> list[Cu
 
     if model.endswith((".yaml", ".yml")):
         spec = load(Path(model))
-        return list_cuts(spec.first_model, spec.path, random_weights=random_weights)
+        return list_cuts(spec.first_model, spec.path, random_weights=random_weights, trust=trust)
     try:
         shape = tuple(int(n) for n in example.split(","))
         options = json.loads(kwargs)

@@ -25,6 +25,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from streaminfer.errors import CaptureError
+from streaminfer.parallel.archive import Archive
 from streaminfer.parallel.graph import Capture, is_batched, is_rows
 from streaminfer.parallel.layers import Layers
 from streaminfer.parallel.mutation import settle
@@ -56,7 +57,8 @@ def capture(
             "the example needs tensors of at least 2 rows: 1 is taken for a constant"
         )
     model.eval()
-    exported = _export(model, tuple(args), dict(kwargs or {}))
+    given, named = tuple(args), dict(kwargs or {})
+    exported = model.exported if isinstance(model, Archive) else _export(model, given, named)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)  # noqa: S101 - says torch, its types do not
     graph = module.graph

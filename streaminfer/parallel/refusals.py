@@ -118,7 +118,8 @@ def _lost_rows(captured: Capture) -> None:
         if not isinstance(node.meta["val"].shape[0], torch.SymInt):
             raise CaptureError(
                 f"the model has fixed the batch size of {node.name!r}",
-                hint="use x.shape[0] or -1 instead of a number in view, reshape, expand, zeros …",
+                hint="use x.shape[0] or -1 instead of a number in view, reshape, expand, zeros …; "
+                "an archive: torch.export.export(…, dynamic_shapes=({0: Dim.AUTO},))",
             )
     for name, node in captured.outputs.items():
         val = node.meta.get("val")

@@ -37,7 +37,10 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
     """
     key = source_key(spec, random_weights)
     base = spec.path.parent if spec.path else None
-    cells = lower(spec, lambda model: make_model(model, base, random_weights=random_weights))
+    cells = lower(
+        spec,
+        lambda model: make_model(model, base, random_weights=random_weights, trust=spec.trust),
+    )
     logits = _logits(spec, cells[-1].graph.outputs)
     classes = logits.shape[1] if logits else None
     _same_classes(cells, classes)

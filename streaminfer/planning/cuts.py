@@ -25,7 +25,11 @@ class CutRow(NamedTuple):
 
 
 def list_cuts(
-    model: ModelSpec, path: Path | None = None, *, random_weights: bool = False
+    model: ModelSpec,
+    path: Path | None = None,
+    *,
+    random_weights: bool = False,
+    trust: bool = False,
 ) -> list[CutRow]:
     """Return the legal cuts at layer ends, first to last.
 
@@ -35,11 +39,13 @@ def list_cuts(
         model: of a pipeline file, or made of a factory and an example's shape.
         path: the pipeline file, at whose folder relative paths start.
         random_weights: don't load weights; they change nothing here.
+        trust: read `model.file`, though its reader can run what is in it.
 
     Raises:
         ConfigError, CaptureError: the model cannot be made or captured.
     """
-    made = make_model(model, path.parent if path else None, random_weights=random_weights)
+    base = path.parent if path else None
+    made = make_model(model, base, random_weights=random_weights, trust=trust)
     example = example_inputs(model)
     cutter = Cutter(capture(made, example.args, example.kwargs))
     outermost: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""The model that a pipeline file names: import its factory, call it, give it its weights."""
+"""The model that a pipeline file names: its factory, called and given weights, or its archive."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from streaminfer.errors import ConfigError
+from streaminfer.parallel.archive import Archive
 from streaminfer.parallel.capture import model_line
 from streaminfer.planning.example import SEED, example_inputs
 from streaminfer.planning.source import file_of_factory
@@ -30,7 +31,11 @@ _NETWORK = ("urllib", "requests", "http", "httpx", "huggingface_hub", "socket")
 
 
 def make_model(
-    model: ModelSpec, base: Path | None = None, *, random_weights: bool = False
+    model: ModelSpec,
+    base: Path | None = None,
+    *,
+    random_weights: bool = False,
+    trust: bool = False,
 ) -> nn.Module:
     """Return the model in eval mode, seeded.
 
@@ -39,10 +44,13 @@ def make_model(
         base: the folder that relative paths start at.
         random_weights: leave all weights out; batch norms get statistics of random input, without
             which a deep network's outputs hardly differ.
+        trust: read `model.file`, though its reader can run what is in it.
 
     Raises:
         ConfigError: names the key, or the model's file and line, and the remedy.
     """
+    if model.file:
+        return _archive((base or Path()) / model.file, random_weights, trust)
     with torch.random.fork_rng(devices=[]), _importable(model, base) as load:
         torch.manual_seed(SEED)
         made = _call(model, load(), random_weights)
@@ -52,6 +60,22 @@ def make_model(
     elif model.weights:
         _load_weights(made, (base or Path()) / model.weights)
     return made
+
+
+def _archive(path: Path, random_weights: bool, trust: bool) -> nn.Module:
+    if not trust:
+        raise ConfigError(
+            f"{path.name} is not read: torch's reader of .pt2 files can unpickle, and so run what "
+            "whoever wrote the file wants",
+            where="model.file",
+            hint="if you trust where it comes from: --trust, or load(…).trusted() in Python; "
+            "a factory with safetensors needs no trust",
+        )
+    if random_weights:
+        raise ConfigError(
+            "an archive has its weights in it", where="model.file", hint="drop --random-weights"
+        )
+    return Archive(path)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def reference(spec: PipelineSpec, *, random_weights: bool = False) -> Whole:
     base = spec.path.parent if spec.path else None
 
     def make(model: ModelSpec) -> nn.Module:
-        return make_model(model, base, random_weights=random_weights)
+        return make_model(model, base, random_weights=random_weights, trust=spec.trust)
 
     *_, last = spec.stages
     whole = _model(spec, make) if spec.model else None

@@ -116,7 +116,7 @@ def _packages(model: ModelSpec) -> list[str]:
     """Return the versions of torch and of the model's package; a package in work by its files."""
     found = [f"torch {importlib.metadata.version('torch')}"]
     top = model.factory.partition(":")[0].partition(".")[0]
-    if file_of_factory(model.factory) is not None:
+    if model.file or file_of_factory(model.factory) is not None:
         return found
     try:
         found.append(f"{top} {importlib.metadata.version(top)}")
@@ -136,6 +136,8 @@ def file_of_factory(factory: str) -> str | None:
 
 def _files(spec: PipelineSpec, random_weights: bool) -> Iterator[Path]:
     for model in _models(spec):
+        if model.file:
+            yield _existing(spec, model.file, "model.file")
         if name := file_of_factory(model.factory):
             file = _existing(spec, name, "model.factory")
             yield from sorted(file.parent.glob("*.py"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         BranchSpec,
         InputSpec,
         KafkaSpec,
+        ModelSpec,
         PartSpec,
         PipelineSpec,
         SplitSpec,
@@ -31,6 +32,7 @@ __all__ = [
     "edge_problems",
     "example_problems",
     "fan_problems",
+    "file_problems",
     "input_problems",
     "nearest",
     "refuse",
@@ -273,6 +275,13 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
             f"{list(shape)} is not what input.crop gives",
             f"[{shape[0]}, {crop}, {crop}]",
         )
+
+
+def file_problems(spec: ModelSpec) -> Iterator[Problem]:
+    """An exported model has its arguments and weights in it."""
+    for key in ("kwargs", "weights"):
+        if spec.file and getattr(spec, key):
+            yield Problem((key,), "is for a factory: model.file has all in it", f"drop {key}")
 
 
 def bound_problems(spec: TensorExample) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from pydantic import (
     SecretStr,
     Tag,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -132,13 +133,39 @@ class ModelSpec(_Frozen):
 
     Of a model with several inputs, `example` is a list of them (given by position), or a mapping by
     the names of the forward's arguments (given as keywords): {shape, dtype, max} each.
+
+    `factory` makes it, or `file` holds it: a .pt2 of torch.export, read only with --trust.
     """
 
-    factory: Factory
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["factory"]}, {"required": ["file"]}]}
+    )
+
+    file: FileName | None = None
+    factory: Factory = Field(default="", validate_default=True)
     kwargs: dict[str, JsonValue] = {}
     weights: FileName | None = None
     example: Example
     version: Version = "1"
+
+    @field_validator("factory", mode="wrap")
+    @classmethod
+    def _one_source(
+        cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> object:
+        file = info.data.get("file")
+        if value == "":
+            if not file:
+                raise ValueError("is missing")
+            return value
+        if file:
+            raise ValueError("factory and file exclude each other: drop one")
+        return check(value)
+
+    @model_validator(mode="after")
+    def _whole_file(self) -> Self:
+        refuse(checks.file_problems(self))
+        return self
 
     def examples(self) -> dict[str, TensorExample]:
         """Return every input by the forward's argument, or by "0", "1", … where it has no name."""
@@ -383,6 +410,7 @@ class PipelineSpec(_Frozen):
     metrics: MetricsSpec = MetricsSpec()
 
     _path: Path | None = PrivateAttr(default=None)
+    _trust: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -412,6 +440,17 @@ class PipelineSpec(_Frozen):
         """Return the same, as read from `path`."""
         copy = self.model_copy()
         copy._path = path
+        return copy
+
+    @property
+    def trust(self) -> bool:
+        """Whether what can run code when it is read may be read. No file can say so."""
+        return self._trust
+
+    def trusted(self, trust: bool = True) -> PipelineSpec:
+        """Return the same, with a model.file that may be read, or may not."""
+        copy = self.model_copy()
+        copy._trust = trust
         return copy
 
     def resolve(self, name: str) -> Path:

@@ -126,6 +126,19 @@ def test_mistakes_in_an_example_of_several_inputs_are_placed(
     assert words in str(error).replace("\n  hint: ", " (")
 
 
+def test_a_model_has_one_source(write: Write) -> None:
+    both = refused(write(BASE.replace("factory: ", "file: m.pt2, factory: ")))
+    assert "toy.yaml:2: model.factory: factory and file exclude each other" in str(both)
+    neither = refused(write(BASE.replace('factory: "toy.py:build", ', "")))
+    assert "toy.yaml:2: model.factory: is missing" in str(neither)
+
+
+def test_no_pipeline_file_can_trust_itself(write: Write) -> None:
+    assert not load(write(BASE)).trust
+    assert load(write(BASE)).trusted().trust
+    assert refused(write(BASE + "trust: true\n")).message == "unknown key"
+
+
 def test_stages_are_called_by_their_names(write: Write) -> None:
     error = refused(write(BASE.replace("name: head", "name: head, devise: cpu")))
     assert error.where.endswith("toy.yaml:6: stages.head.devise")

@@ -217,6 +217,13 @@ def test_tensors_have_any_shape() -> None:
     assert spec.first_model.example == (8,)
 
 
+def test_an_exported_model_has_all_in_it() -> None:
+    for key, value in (("weights", "w.safetensors"), ("kwargs", {"classes": 3})):
+        (problem,) = problems(model={"file": "m.pt2", "example": [3, 8, 8], key: value})
+        assert problem.path == ("model", key)
+        assert "has all in it" in problem.message
+
+
 def test_inputs_have_names_or_places() -> None:
     one = declare().first_model
     assert {name: each.shape for name, each in one.examples().items()} == {"0": (3, 8, 8)}
