@@ -17,6 +17,7 @@ from streaminfer.spec import BatchSpec, PipelineSpec, did_you_mean
 from streaminfer.transport import TopicInfo, TopicSpec
 
 __all__ = [
+    "ANSWER",
     "SINK",
     "Difference",
     "Topology",

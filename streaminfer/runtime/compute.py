@@ -17,7 +17,7 @@ from streaminfer.runtime.forward import Forward, Stage
 from streaminfer.runtime.postprocess import normalise, top_k
 from streaminfer.spec import PipelineSpec
 
-__all__ = ["device_of", "forward"]
+__all__ = ["device_of", "forward", "share"]
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
         plan=plan.stages[k],
         load=lambda: _program(folder, name, device),
         device=device,
-        threads=spec.stage(name).threads or _share(spec),
+        threads=spec.stage(name).threads or share(spec),
         batch=spec.batch_of(name),
         out_dtype=following.dtype if following else "native",
         compress=following.compress if following else "none",
@@ -64,8 +64,8 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def _share(spec: PipelineSpec) -> int:
-    """Threads of a CPU stage: the machine's cores shared by all the pipeline's CPU workers."""
+def share(spec: PipelineSpec) -> int:
+    """Return the threads of a CPU stage: the cores shared by all CPU workers of the pipeline."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
