@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "calibrate", "device_seconds", "drive"]
 
-CALIBRATE = 2.0  # seconds
+CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
 
@@ -44,6 +44,7 @@ class Trial:
     p99: float
     mean: float
     busy: Mapping[str, float]
+    batch: Mapping[str, float]  # samples in a device call, on average
     host: float  # CPU seconds per second of the event loop
     others: float  # cores that other processes kept busy meanwhile
 
@@ -66,21 +67,44 @@ async def calibrate(
 ) -> Host:
     """Measure what the engine's own event loop costs here, by its thread's CPU time.
 
-    The reference costs are scaled by one factor: that of a short run of this plan. Neither the
-    rate nor a latency of that run goes into it.
+    Two short runs of this plan, with micro-batches that are full and with some of one sample,
+    scale the reference costs: those by sample, and those by micro-batch. Neither the rate nor a
+    latency of a run goes into it.
     """
     reference = Host.reference(cores)
-    most = spec.batch_of(plan.stages[0].name).max
-    async with LocalPipeline(spec, plan, folder) as pipeline:
-        load = Scenario((), Arrivals(window=4 * most), partitions=spec.kafka.partitions)
-        load = replace(load, seconds=CALIBRATE, warm=CALIBRATE / 4)
-        before = _counts(pipeline.metrics)
-        trial = await _Load(pipeline, load, inputs).run()
-        after = _counts(pipeline.metrics)
-    samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
-    batches = trial.throughput * envelopes / max(1.0, samples)
-    expected = reference.loop_seconds(trial.throughput, batches, len(plan.stages))
-    return replace(reference.scaled(trial.host / expected), python=PYTHON)
+    stages, most = len(plan.stages), spec.batch_of(plan.stages[0].name).max
+    rows, costs = [], []
+    for window in (2, 4 * most * spec.kafka.partitions):
+        async with LocalPipeline(spec, plan, folder) as pipeline:
+            load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
+            load = replace(load, seconds=CALIBRATE, warm=CALIBRATE / 4)
+            before = _counts(pipeline.metrics)
+            trial = await _Load(pipeline, load, inputs).run()
+            after = _counts(pipeline.metrics)
+        samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
+        each = envelopes / max(1.0, samples)
+        cost = trial.host / trial.throughput
+        rows.append([reference.loop_seconds(1, 0, stages), reference.loop_seconds(0, each, stages)])
+        costs.append(cost)
+    # relative errors count, and no cost is negative
+    matrix = np.array(rows) / np.array(costs)[:, None]
+    by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
+    if min(by_sample, by_batch) <= 0:
+        by_sample = by_batch = len(costs) / float(matrix.sum())
+    scaled = reference.scaled(float(by_sample), float(by_batch))
+    return replace(scaled, python=PYTHON)
+
+
+def _batches(metrics: Metrics) -> dict[str, float]:
+    """Return the samples of each stage's device calls, on average."""
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for reading in metrics.readings():
+        if reading.name == "streaminfer_stage_batch_size_samples_sum":
+            sums[reading.labels["stage"]] = reading.value
+        elif reading.name == "streaminfer_stage_batch_size_samples_count":
+            counts[reading.labels["stage"]] = reading.value
+    return {name: total / max(1.0, counts[name]) for name, total in sums.items()}
 
 
 def _counts(metrics: Metrics) -> tuple[float, float]:
@@ -107,6 +131,11 @@ async def drive(
     async with LocalPipeline(spec, plan, folder) as pipeline:
         load = _Load(pipeline, scenario, inputs)
         return await load.run()
+
+
+def _now() -> float:
+    """Return the event loop's time."""
+    return asyncio.get_running_loop().time()
 
 
 class _Used(NamedTuple):
@@ -156,16 +185,16 @@ class _Load:
         async with transport.producer() as self._producer:
             consumer = transport.consumer([output], None, from_end=True)
             async with consumer:
-                began = time.perf_counter()
+                began = _now()
                 reading = asyncio.create_task(self._read(consumer, began))
                 sending = asyncio.create_task(self._send(began))
                 failing = asyncio.create_task(self._pipeline.failed())
                 try:
-                    await asyncio.sleep(max(0.0, began + scenario.warm - time.perf_counter()))
+                    await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
                     before, used = device_seconds(self._pipeline.metrics), _Used.now()
                     await asyncio.wait(
                         [failing, reading],
-                        timeout=began + scenario.seconds - time.perf_counter(),
+                        timeout=began + scenario.seconds - _now(),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     after = device_seconds(self._pipeline.metrics)
@@ -193,7 +222,16 @@ class _Load:
             / self._pipeline.spec.stage(stage.name).replicas
             for stage in scenario.stages
         }
-        return Trial(throughput, p50, p99, mean, busy, used.loop / span, used.others / span)
+        return Trial(
+            throughput,
+            p50,
+            p99,
+            mean,
+            busy,
+            _batches(self._pipeline.metrics),
+            used.loop / span,
+            used.others / span,
+        )
 
     async def _send(self, began: float) -> None:
         scenario = self._scenario
@@ -204,7 +242,7 @@ class _Load:
             scenario.seconds, scenario.partitions, scenario.seed
         )
         for when, partition in zip(times.tolist(), where.tolist(), strict=True):
-            late = time.perf_counter() - began - when
+            late = _now() - began - when
             if late < 0:
                 await asyncio.sleep(-late)
             await self._one(partition, when)
@@ -221,11 +259,11 @@ class _Load:
         await self._producer.send(Outgoing(self._topic, value, None, partition))
 
     async def _read(self, consumer: Any, began: float) -> None:
-        last = time.perf_counter()
+        last = _now()
         closed = self._scenario.arrivals.window is not None
         while True:
             records = await consumer.poll(0.5)
-            now = time.perf_counter()
+            now = _now()
             for record in records:
                 self._sent.append(self._waiting[record.partition].popleft())
                 self._done.append(now - began)

@@ -366,7 +366,9 @@ class Sink(Inner):
                 lane.next += 1
                 answers.append(turn)
         rows = sum(len(batch.sent) for batch in answers)
-        self.loop.do(rows * self.machine.host.answer, self._answer, answers, rows)
+        host = self.machine.host
+        cost = rows * host.answer + len(answers) * host.settle
+        self.loop.do(cost, self._answer, answers, rows)
 
     def _answer(self, answers: Sequence[Batch], rows: int) -> None:
         for batch in answers:

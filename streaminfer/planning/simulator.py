@@ -60,6 +60,7 @@ class Report:
     p99: float
     mean: float
     busy: Mapping[str, float]
+    batch: Mapping[str, float]  # samples in a device call, on average
     queues: Mapping[str, Queue]
     utilisation: float  # of all devices
     host: float  # 0-1: the busiest event loop
@@ -276,6 +277,7 @@ class _Run:
             p99=p99,
             mean=mean,
             busy=busy,
+            batch={s.name: tally.rows[k] / max(1, tally.calls[k]) for k, s in enumerate(stages)},
             queues=queues,
             utilisation=sum(tally.busy) / span / devices,
             host=min(1.0, max(loop.busy for loop in self._loops) / scenario.seconds),

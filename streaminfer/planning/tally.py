@@ -47,6 +47,8 @@ class Tally:
         self._clock, self._warm = clock, warm
         self.lanes: list[Lane] = []
         self.busy = [0.0] * stages  # seconds, over all replicas
+        self.calls = [0] * stages  # of devices
+        self.rows = [0] * stages  # samples in them
         self.queues = [Gauge(clock, warm) for _ in range(stages)]  # samples
         self.inflight = Gauge(clock, warm)  # samples between arrival and answer
         self.sent: list[Sequence[float]] = []  # arrival times, a list for each answered batch
@@ -60,6 +62,9 @@ class Tally:
     def leave(self, stage: int, samples: int) -> None:
         """Count samples that a stage begins to compute."""
         self.queues[stage].add(-samples)
+        if self._clock.now >= self._warm:
+            self.calls[stage] += 1
+            self.rows[stage] += samples
 
     def computed(self, stage: int, began: float) -> None:
         """Count what a device did since `began`."""

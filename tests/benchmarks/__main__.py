@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, memory, resnet50
+from tests.benchmarks import bounded, digits, memory, resnet50, simulated
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -25,6 +25,8 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (memory.hop, {memory.HOP: None}),
     (memory.efficiency, {memory.EFFICIENCY: None}),
     (digits.measure, {digits.CHAIN: "≥ 0.5"}),
+    (simulated.by_wall, {simulated.WALL: "≥ 12"}),
+    (simulated.by_cpu, {simulated.CPU: None}),
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
