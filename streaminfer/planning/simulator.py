@@ -8,6 +8,7 @@ the engine would do with these times; `streaminfer simulate --check` shows how w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -72,8 +73,9 @@ class Report:
     events: int = field(compare=False, default=0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it for programs."""
-        return asdict(self)
+        """Return it for programs; a latency of nothing is null."""
+        nothing = {name: None for name in ("p50", "p99", "mean") if math.isnan(getattr(self, name))}
+        return asdict(self) | nothing
 
 
 def simulate(scenario: Scenario) -> Report:

@@ -141,7 +141,7 @@ async def _measured(case: Case, cores: float) -> Pair:
     print(
         f"  {case.name:<20} throughput {report.throughput:7.1f} ÷ {measured.throughput:7.1f}  "
         f"p99 {report.p99 * 1e3:7.1f} ÷ {measured.p99 * 1e3:7.1f} ms  "
-        f"others {measured.others:.1f} cores",
+        f"{load_average()}",
         flush=True,
     )
     return report, measured

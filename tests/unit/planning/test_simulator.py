@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -355,3 +356,10 @@ def test_cost_needs_every_price() -> None:
     assert cost_per_million(road, 100.0, {"cpu": 0.1, "gpu": 1.0}) == pytest.approx(2.1 / 0.36)
     assert cost_per_million(road, 100.0, {"cpu": 0.1}) is None
     assert cost_per_million(road, 0.0, {"cpu": 0.1, "gpu": 1.0}) is None
+
+
+def test_a_run_without_answers_is_no_crash_and_valid_json() -> None:
+    report = run(stage(seconds=60.0), rate=1.0)
+    assert report.throughput == 0
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["p99"] is None
+    assert report.saturated
