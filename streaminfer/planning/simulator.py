@@ -272,7 +272,6 @@ class _Run:
             s.name: _queue(gauge.mean(), gauge.largest, nbytes)
             for s, gauge, nbytes in zip(stages, tally.queues, sizes, strict=True)
         }
-        rate = scenario.arrivals.rate
         return Report(
             throughput=throughput,
             p50=p50,
@@ -285,11 +284,19 @@ class _Run:
             host=min(1.0, max(loop.busy for loop in self._loops) / scenario.seconds),
             inflight=tally.inflight.mean(),
             inflight_max=tally.inflight.largest,
-            saturated=rate is not None and throughput < 0.97 * rate,
+            saturated=self._grows(len(done)),
             bottleneck=min(stages, key=SimStage.capacity).name,
             cost=cost_per_million(stages, throughput, scenario.prices),
             events=self._clock.events,
         )
+
+    def _grows(self, answered: int) -> bool:
+        """Whether more came than was answered, beyond what chance does to what is in flight."""
+        if self._scenario.arrivals.rate is None:
+            return False
+        arrived = int(np.count_nonzero(self._times >= self._scenario.warm))
+        chance = 3 * math.sqrt(self._tally.inflight.mean())
+        return arrived - answered > 0.03 * arrived + chance
 
 
 def summary(sent: Floats, done: Floats, span: float) -> tuple[float, float, float, float]:
