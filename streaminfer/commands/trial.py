@@ -73,6 +73,7 @@ async def calibrate(
     """
     reference = Host.reference(cores)
     stages, most = len(plan.stages), spec.batch_of(plan.stages[0].name).max
+    hops = sum(spec.edge(stage.name).transport != "local" for stage in plan.stages)
     rows, costs = [], []
     for window in (2, 4 * most * spec.kafka.partitions):
         async with LocalPipeline(spec, plan, folder) as pipeline:
@@ -84,7 +85,12 @@ async def calibrate(
         samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
         each = envelopes / max(1.0, samples)
         cost = trial.host / trial.throughput
-        rows.append([reference.loop_seconds(1, 0, stages), reference.loop_seconds(0, each, stages)])
+        rows.append(
+            [
+                reference.loop_seconds(1, 0, stages, hops),
+                reference.loop_seconds(0, each, stages, hops),
+            ]
+        )
         costs.append(cost)
     # relative errors count, and no cost is negative
     matrix = np.array(rows) / np.array(costs)[:, None]

@@ -156,11 +156,14 @@ class Host:
         factors = dict.fromkeys(samples, by_sample) | dict.fromkeys(batches, by_batch)
         return replace(self, **{name: getattr(self, name) * by for name, by in factors.items()})
 
-    def loop_seconds(self, samples: float, batches: float, stages: int) -> float:
-        """Return the event loop's seconds for samples that cross as many stages in batches."""
-        each = self.client + self.receive + self.answer + 2 * self.row * stages
+    def loop_seconds(self, samples: float, batches: float, stages: int, hops: int) -> float:
+        """Return the event loop's seconds for samples that cross so many stages and hops.
+
+        A hop is what a worker publishes: stages joined by local edges share one.
+        """
+        each = self.client + self.receive + self.answer + 2 * self.row * hops
         return samples * each + batches * (
-            self.form + self.settle + 2 * self.turn + stages * (self.hop + self.call)
+            self.form + self.settle + 2 * self.turn + stages * self.call + hops * self.hop
         )
 
 
