@@ -187,6 +187,50 @@ def cut(
     )
 
 
+@app.command()
+def simulate(
+    pipeline: Pipeline,
+    rate: Annotated[
+        float | None, typer.Option(metavar="R", help="Images a second; else as fast as it goes.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Without a rate: images in flight (256).")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(metavar="poisson|constant|burst", help="How they arrive.")
+    ] = "poisson",
+    replicas: Annotated[str, typer.Option(metavar="STAGE=N,…", help="Other replicas.")] = "",
+    devices: Annotated[
+        str, typer.Option(metavar="NAME,…", help="What --cost calls the stages' devices.")
+    ] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--what-if", metavar="KEY=VALUE", help="trunk.seconds=0.5x, link.alpha=2ms"),
+    ] = None,
+    cost: Annotated[
+        list[str] | None, typer.Option(metavar="DEVICE=$", help="Dollars an hour of a device.")
+    ] = None,
+    bus: Annotated[
+        str | None, typer.Option(metavar="memory|kafka", help="One process, or one per worker.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Simulated seconds.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Run it, too, and compare.")] = False,
+    plan: PlanDir = None,
+    random_weights: Random = False,
+    as_json: Json = False,
+) -> None:
+    """Predict throughput, latency, queues and cost; ask what if; check it by a real run."""
+    from streaminfer import commands
+
+    ask = commands.Ask(
+        rate, concurrency, pattern, replicas, devices, changes or (), cost or (), bus, seconds,
+        seed, check,
+    )  # fmt: skip
+    outcome = _await(commands.predict(_load(pipeline), ask, plan, random_weights=random_weights))
+    commands.print_simulated(outcome, as_json=as_json)
+
+
 @topics.command("apply")
 def topics_apply(
     pipeline: Pipeline, kafka: Kafka = None, plan: PlanDir = None, random_weights: Random = False

@@ -11,7 +11,7 @@ from streaminfer.spec import PipelineSpec
 from streaminfer.topology import Topology, build, unequal
 from streaminfer.transport import TopicInfo, TopicSpec
 
-__all__ = ["Difference", "diff", "topic_specs", "window"]
+__all__ = ["ANSWER", "Difference", "diff", "topic_specs", "window"]
 
 HEADROOM = 64 * 1024  # bytes of a record beside its value: key, headers, framing
 MIB = 1 << 20

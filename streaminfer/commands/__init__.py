@@ -13,13 +13,17 @@ from streaminfer.commands.plans import (
 )
 from streaminfer.commands.serve import run, targets, worker
 from streaminfer.commands.settings import config_text
+from streaminfer.commands.simulate import Ask, predict, print_simulated
 
 __all__ = [
+    "Ask",
     "config_text",
     "cuts",
     "plan_of",
+    "predict",
     "print_cuts",
     "print_plan",
+    "print_simulated",
     "print_verified",
     "run",
     "send",

@@ -1,8 +1,14 @@
-"""BEFORE: a pipeline file becomes a plan directory. Never imports transport or runtime.
+"""BEFORE: a pipeline file becomes a plan directory, proven and predicted.
+
+Never imports runtime, and of transport the pure assignor alone.
 
 source.py   is the plan current? (no torch)      factory.py  the model the file names
 build.py    model → plan directory               verify.py   cut against whole
 cuts.py     where a model may be cut
+
+simulator.py  predict by discrete events         scenario.py  what a simulation is told
+road.py       the life of a micro-batch in it    whatif.py    change a number by its name
+events.py     time, cores, loops                 tally.py     partitions, and what is counted
 """
 
 from streaminfer.planning.source import ensure, source_key

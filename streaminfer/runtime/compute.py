@@ -18,7 +18,7 @@ from streaminfer.runtime.forward import Forward
 from streaminfer.runtime.postprocess import normalise, top_k
 from streaminfer.spec import PipelineSpec
 
-__all__ = ["device_of", "forward"]
+__all__ = ["device_of", "forward", "share"]
 
 
 def forward(
@@ -43,7 +43,7 @@ def forward(
         plan=stage,
         load=lambda: _program(stage_files(folder, name), where),
         device=where,
-        threads=placed.threads or _share(spec, plan),
+        threads=placed.threads or share(spec, plan),
         batch=spec.batch_of(stage.path),
         out_dtype=following.dtype,
         compress=following.compress,
@@ -90,8 +90,8 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def _share(spec: PipelineSpec, plan: Plan) -> int:
-    """Threads of a CPU stage: the machine's cores shared by all that computes on them."""
+def share(spec: PipelineSpec, plan: Plan) -> int:
+    """Return the threads of a CPU stage: the cores shared by all that computes on them."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -1,0 +1,266 @@
+"""The command that predicts a plan, asks what if, and checks the prediction by a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from streaminfer.commands.plans import console, plan_of, warn
+from streaminfer.errors import ConfigError
+from streaminfer.plan import Plan
+from streaminfer.planning.scenario import PATTERNS
+from streaminfer.planning.simulator import (
+    Arrivals,
+    Host,
+    Link,
+    Pattern,
+    Report,
+    Scenario,
+    SimStage,
+    simulate,
+)
+from streaminfer.planning.whatif import what_if, with_replicas
+from streaminfer.spec import did_you_mean
+from streaminfer.topics import ANSWER, window
+
+if TYPE_CHECKING:
+    from streaminfer.commands.trial import Trial
+    from streaminfer.spec import PipelineSpec
+
+__all__ = ["Ask", "Outcome", "predict", "print_simulated", "scenario_of"]
+
+CLOSED = 256  # samples in the loop where no rate is given
+BUSY = 0.25  # cores that others use, above which a check is not to be trusted
+SPREAD = 0.25  # of a stage's times, above which they are not to be trusted
+KAFKA = Link(alpha=0.003, beta=1 / 200e6)  # a broker in the same rack, acks=all
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the command line asks for."""
+
+    rate: float | None = None
+    concurrency: int | None = None
+    pattern: str = "poisson"
+    replicas: str = ""
+    devices: str = ""
+    what_if: Sequence[str] = ()
+    cost: Sequence[str] = ()
+    bus: str | None = None
+    seconds: float = 10.0
+    seed: int = 0
+    check: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A prediction; what it would be with the changes; what was measured."""
+
+    predicted: Report
+    changed: Report | None = None
+    measured: Trial | None = None
+    changes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `predicted` and `measured` with the same keys, and `what_if`."""
+        found: dict[str, Any] = {"predicted": self.predicted.to_json()}
+        if self.changed is not None:
+            found["what_if"] = {"changes": list(self.changes), **self.changed.to_json()}
+        if self.measured is not None:
+            found["measured"] = asdict(self.measured)
+            found["ratio"] = dict(self.ratios())
+        return found
+
+    def ratios(self) -> list[tuple[str, float]]:
+        """Return predicted by measured, for what both have."""
+        if self.measured is None:
+            return []
+        names = ("throughput", "p50", "p99")
+        return [(n, getattr(self.predicted, n) / getattr(self.measured, n)) for n in names]
+
+
+async def predict(
+    spec: PipelineSpec, ask: Ask, folder: Path | None = None, *, random_weights: bool = False
+) -> Outcome:
+    """Measure the stages of a plan, simulate it, and run it if that is asked.
+
+    Raises:
+        ConfigError: an unknown stage, device, pattern or key; a rate of 0; a price that is none.
+    """
+    from streaminfer.commands.timing import inputs_of, time_decode, time_stages
+    from streaminfer.commands.trial import calibrate, drive
+
+    _refuse(ask)
+    where, plan = plan_of(spec, folder, random_weights)
+    inputs = inputs_of(spec, plan)
+    # what the flags say is judged before anything is measured
+    blank = {stage.name: {1: 1.0} for stage in plan.stages}
+    _asked(scenario_of(spec, plan, blank, Host(), ask), ask)
+    times = await time_stages(spec, plan, where)
+    for name, found in times.items():
+        if found.spread > SPREAD:
+            warn(f"{name}: its times spread by {found.spread:.0%}: is the machine busy?")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    host = await calibrate(spec, plan, where, inputs, float(cores or 1))
+    host = replace(host, decode=time_decode(plan, inputs))
+    if _bus(spec, ask) == "kafka":
+        host = replace(host, cores=None, client=0.0, timer=0.0)
+    seconds = {name: found.seconds for name, found in times.items()}
+    before = replace(scenario_of(spec, plan, seconds, host, ask), bytes_in=_mean(map(len, inputs)))
+    plain, after = _asked(before, ask)
+    predicted = simulate(plain)
+    changed = simulate(after) if ask.what_if else None
+    if not ask.check:
+        return Outcome(predicted, changed, None, ask.what_if)
+    measured = await drive(spec, plan, where, plain, inputs)
+    if measured.others > BUSY:
+        warn(f"other processes kept {measured.others:.1f} cores busy while it was measured")
+    return Outcome(predicted, changed, measured, ask.what_if)
+
+
+def _asked(scenario: Scenario, ask: Ask) -> tuple[Scenario, Scenario]:
+    """Return the scenario as the flags have it, and with the changes on top."""
+    plain = with_replicas(scenario, ask.replicas)
+    plain.check()
+    changed = what_if(plain, ask.what_if)
+    changed.check()
+    return plain, changed
+
+
+def scenario_of(
+    spec: PipelineSpec,
+    plan: Plan,
+    seconds: Mapping[str, Mapping[int, float]],
+    host: Host,
+    ask: Ask,
+) -> Scenario:
+    """Make the scenario of a pipeline file, given each stage's seconds by batch size."""
+    from streaminfer.runtime.compute import share
+
+    devices = [name.strip() for name in ask.devices.split(",")] if ask.devices else []
+    if devices and len(devices) not in (1, len(plan.stages)):
+        raise ConfigError(
+            f"{len(devices)} devices for {len(plan.stages)} stages",
+            where="--devices",
+            hint="name one for each stage, or one for all",
+        )
+    stages = []
+    for k, stage in enumerate(plan.stages):
+        own, batch = spec.stage(stage.name), spec.batch_of(stage.name)
+        last = k + 1 == len(plan.stages)
+        edge = plan.stages[-1 if last else k + 1].edge.dtype
+        raw = sum(tensor.row_bytes("native" if last else edge) for tensor in stage.outputs)
+        stages.append(
+            SimStage(
+                name=stage.name,
+                seconds=seconds[stage.name],
+                speeds=(1.0,) * own.replicas,
+                batch_max=batch.max,
+                batch_wait=batch.wait,
+                bytes_out=min(raw, ANSWER * plan.top_k) if last and plan.top_k else raw,
+                local=spec.edge(stage.name).transport == "local",
+                threads=own.threads or share(spec, plan),
+                device=devices[k % len(devices)] if devices else own.devices[0],
+            )
+        )
+    partitions = spec.kafka.partitions
+    closed = (ask.concurrency or CLOSED) if ask.rate is None else None
+    pattern: Pattern = next(p for p in PATTERNS if p == ask.pattern)
+    return Scenario(
+        stages=stages,
+        arrivals=Arrivals(ask.rate, closed, pattern if ask.rate is not None else "constant"),
+        link=KAFKA if _bus(spec, ask) == "kafka" else Link(),
+        host=host,
+        partitions=partitions,
+        window=window(spec, plan, partitions),
+        seconds=ask.seconds,
+        warm=ask.seconds / 5,
+        seed=ask.seed,
+        prices=_prices(ask.cost),
+    )
+
+
+def _bus(spec: PipelineSpec, ask: Ask) -> str:
+    return ask.bus or ("kafka" if spec.kafka.bootstrap else "memory")
+
+
+def _refuse(ask: Ask) -> None:
+    if ask.pattern not in PATTERNS:
+        hint = did_you_mean(ask.pattern, PATTERNS)
+        raise ConfigError(f"no pattern {ask.pattern!r}", where="--pattern", hint=hint)
+    if ask.bus not in (None, "memory", "kafka"):
+        raise ConfigError(f"no bus {ask.bus!r}", where="--bus", hint="memory or kafka")
+    if ask.rate is not None and ask.concurrency is not None:
+        raise ConfigError("a load is a rate or a concurrency", where="--rate", hint="drop one")
+    if ask.concurrency is not None and ask.concurrency < 1:
+        raise ConfigError("a loop of no samples", where="--concurrency", hint="give 1 or more")
+    if ask.check and (ask.replicas or ask.devices or ask.bus == "kafka"):
+        raise ConfigError(
+            "a check runs the file as it is, on the memory bus",
+            where="--check",
+            hint="drop --replicas, --devices and --bus, or set them in the file",
+        )
+
+
+def _prices(texts: Iterable[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        device, _, price = text.partition("=")
+        try:
+            found[device] = float(price)
+        except ValueError:
+            raise ConfigError(
+                f"{text!r} is no price", where="--cost", hint="dollars an hour: --cost cpu=0.05"
+            ) from None
+    return found
+
+
+def _mean(values: Iterable[int]) -> float:
+    found = list(values)
+    return sum(found) / max(1, len(found))
+
+
+def print_simulated(outcome: Outcome, *, as_json: bool = False) -> None:
+    """Show it: a column for the prediction, one for the changes, one for what was measured."""
+    if as_json:
+        print(json.dumps(outcome.to_json()))
+        return
+    columns: list[tuple[str, Report | Trial]] = [("predicted", outcome.predicted)]
+    if outcome.changed:
+        columns.append((" ".join(outcome.changes), outcome.changed))
+    if outcome.measured:
+        columns.append(("measured", outcome.measured))
+    table = Table("", *[name for name, _ in columns], *(["ratio"] if outcome.measured else []))
+    ratios = dict(outcome.ratios())
+    for key, unit, factor in (("throughput", "/s", 1), ("p50", " ms", 1e3), ("p99", " ms", 1e3)):
+        cells = [f"{getattr(report, key) * factor:,.1f}{unit}" for _, report in columns]
+        table.add_row(key, *cells, *([f"{ratios[key]:.2f}"] if ratios else []))
+    for name in outcome.predicted.busy:
+        table.add_row(f"busy {name}", *[f"{report.busy[name]:.0%}" for _, report in columns])
+    table.add_row("event loop", *[f"{report.host:.0%}" for _, report in columns])
+    console.print(table)
+    for title, report in columns:
+        if isinstance(report, Report):
+            _print_report(title, report)
+
+
+def _print_report(title: str, report: Report) -> None:
+    console.print(
+        f"{title}: the bottleneck is {report.bottleneck}; "
+        f"devices work {report.utilisation:.0%} of the time"
+    )
+    for name, queue in report.queues.items():
+        console.print(
+            f"  waiting for {name}: {queue.samples:,.0f} samples, at most "
+            f"{queue.samples_max:,.0f} ({queue.nbytes_max / 1e6:,.1f} MB)"
+        )
+    if report.saturated:
+        console.print("[yellow]more arrives than is answered: the latency grows with time[/]")
+    if report.cost is not None:
+        console.print(f"${report.cost:,.2f} per million images")

@@ -1,0 +1,281 @@
+"""Run a plan here, on the memory bus, and measure what a simulation predicts.
+
+calibrate   what the event loop costs on this machine
+drive       the load of a Scenario, sent and awaited in this process
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from streaminfer.app import LocalPipeline
+from streaminfer.errors import StreaminferError
+from streaminfer.metrics import Metrics
+from streaminfer.plan import Plan
+from streaminfer.planning.simulator import Arrivals, Host, Scenario, summary
+from streaminfer.spec import PipelineSpec
+from streaminfer.transport import Outgoing, Position
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Trial", "calibrate", "device_seconds", "drive"]
+
+CALIBRATE = 2.0  # seconds of a run
+PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
+PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a run gave, under the names that a Report has."""
+
+    throughput: float
+    p50: float
+    p99: float
+    mean: float
+    busy: Mapping[str, float]
+    batch: Mapping[str, float]  # samples in a device call, on average
+    host: float  # CPU seconds per second of the event loop
+    others: float  # cores that other processes kept busy meanwhile
+
+
+def device_seconds(metrics: Metrics) -> dict[str, float]:
+    """Return the seconds of each stage's device threads so far."""
+    found: dict[str, float] = {}
+    for reading in metrics.readings():
+        if reading.name in (
+            "streaminfer_stage_compute_duration_seconds_sum",
+            "streaminfer_stage_codec_duration_seconds_sum",
+        ):
+            name = reading.labels["stage"]
+            found[name] = found.get(name, 0.0) + reading.value
+    return found
+
+
+async def calibrate(
+    spec: PipelineSpec, plan: Plan, folder: Path, inputs: Sequence[bytes], cores: float
+) -> Host:
+    """Measure what the engine's own event loop costs here, by its thread's CPU time.
+
+    Two short runs of this plan, with micro-batches that are full and with some of one sample,
+    scale the reference costs: those by sample, and those by micro-batch. Neither the rate nor a
+    latency of a run goes into it.
+    """
+    reference = Host.reference(cores)
+    stages, most = len(plan.stages), spec.batch_of(plan.stages[0].name).max
+    hops = sum(spec.edge(stage.name).transport != "local" for stage in plan.stages)
+    rows, costs = [], []
+    for window in (2, 4 * most * spec.kafka.partitions):
+        async with LocalPipeline(spec, plan, folder) as pipeline:
+            load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
+            load = replace(load, seconds=CALIBRATE, warm=CALIBRATE / 4)
+            before = _counts(pipeline.metrics)
+            trial = await _Load(pipeline, load, inputs).run()
+            after = _counts(pipeline.metrics)
+        samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
+        each = envelopes / max(1.0, samples)
+        cost = trial.host / trial.throughput
+        rows.append(
+            [
+                reference.loop_seconds(1, 0, stages, hops),
+                reference.loop_seconds(0, each, stages, hops),
+            ]
+        )
+        costs.append(cost)
+    # relative errors count, and no cost is negative
+    matrix = np.array(rows) / np.array(costs)[:, None]
+    by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
+    if min(by_sample, by_batch) <= 0:
+        by_sample = by_batch = len(costs) / float(matrix.sum())
+    scaled = reference.scaled(float(by_sample), float(by_batch))
+    return replace(scaled, python=PYTHON)
+
+
+def _batches(metrics: Metrics) -> dict[str, float]:
+    """Return the samples of each stage's device calls, on average."""
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for reading in metrics.readings():
+        if reading.name == "streaminfer_stage_batch_size_samples_sum":
+            sums[reading.labels["stage"]] = reading.value
+        elif reading.name == "streaminfer_stage_batch_size_samples_count":
+            counts[reading.labels["stage"]] = reading.value
+    return {name: total / max(1.0, counts[name]) for name, total in sums.items()}
+
+
+def _counts(metrics: Metrics) -> tuple[float, float]:
+    """Return the samples and the envelopes that came to the sink."""
+    found = {
+        "streaminfer_stage_samples_total": 0.0,
+        "streaminfer_stage_records_consumed_total": 0.0,
+    }
+    for reading in metrics.readings():
+        if reading.name in found and reading.labels["stage"] == "sink":
+            found[reading.name] += reading.value
+    samples, envelopes = found.values()
+    return samples, envelopes
+
+
+async def drive(
+    spec: PipelineSpec, plan: Plan, folder: Path, scenario: Scenario, inputs: Sequence[bytes]
+) -> Trial:
+    """Run a plan on the memory bus under a scenario's load, and measure what it predicts.
+
+    Raises:
+        StreaminferError: no answer came for 30 seconds, or what a worker raised.
+    """
+    async with LocalPipeline(spec, plan, folder) as pipeline:
+        load = _Load(pipeline, scenario, inputs)
+        return await load.run()
+
+
+def _now() -> float:
+    """Return the event loop's time."""
+    return asyncio.get_running_loop().time()
+
+
+class _Used(NamedTuple):
+    """CPU seconds so far, of this thread and of other processes."""
+
+    loop: float
+    others: float
+
+    @classmethod
+    def now(cls) -> _Used:
+        return cls(time.thread_time(), busy_seconds() - time.process_time())
+
+    def __sub__(self, other: _Used) -> _Used:
+        return _Used(self.loop - other.loop, max(0.0, self.others - other.others))
+
+
+def busy_seconds() -> float:
+    """Return the CPU seconds that the machine has spent on anything so far (Linux; else 0)."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, soft, steal = (int(n) for n in first.split()[1:9])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class _Load:
+    """Sends by a schedule, or as many as were answered, and notes when each answer came."""
+
+    def __init__(
+        self, pipeline: LocalPipeline, scenario: Scenario, inputs: Sequence[bytes]
+    ) -> None:
+        self._pipeline, self._scenario, self._inputs = pipeline, scenario, inputs
+        self._topic = pipeline.spec.input.topic
+        # by partition, in order: the sink answers each partition's samples in theirs
+        self._waiting: list[deque[float]] = [deque() for _ in range(scenario.partitions)]
+        self._sent: list[float] = []
+        self._done: list[float] = []
+        self._count = 0
+        self._random = np.random.default_rng((scenario.seed, 1))
+        self._acks: list[asyncio.Future[Position]] = []
+
+    async def run(self) -> Trial:
+        """Load it for the scenario's seconds."""
+        scenario, transport = self._scenario, self._pipeline.transport
+        output = self._pipeline.spec.output.topic
+        async with transport.producer() as self._producer:
+            consumer = transport.consumer([output], None, from_end=True)
+            async with consumer:
+                began = _now()
+                reading = asyncio.create_task(self._read(consumer, began))
+                sending = asyncio.create_task(self._send(began))
+                failing = asyncio.create_task(self._pipeline.failed())
+                try:
+                    await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
+                    before, used = device_seconds(self._pipeline.metrics), _Used.now()
+                    await asyncio.wait(
+                        [failing, reading],
+                        timeout=began + scenario.seconds - _now(),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    after = device_seconds(self._pipeline.metrics)
+                    used = _Used.now() - used
+                    for task in (failing, reading):
+                        if task.done():
+                            task.result()
+                finally:
+                    for task in (reading, sending, failing):
+                        task.cancel()
+                    await asyncio.gather(reading, sending, failing, return_exceptions=True)
+        return self._trial(before, after, used)
+
+    def _trial(self, before: Mapping[str, float], after: Mapping[str, float], used: _Used) -> Trial:
+        scenario = self._scenario
+        span = scenario.seconds - scenario.warm
+        sent, done = np.array(self._sent), np.array(self._done)
+        counts = (done >= scenario.warm) & (done <= scenario.seconds)
+        if not counts.any():
+            raise StreaminferError("no sample was answered while it was measured: run it longer")
+        throughput, p50, p99, mean = summary(sent[counts], done[counts], span)
+        busy = {
+            stage.name: (after.get(stage.name, 0.0) - before.get(stage.name, 0.0))
+            / span
+            / self._pipeline.spec.stage(stage.name).replicas
+            for stage in scenario.stages
+        }
+        return Trial(
+            throughput,
+            p50,
+            p99,
+            mean,
+            busy,
+            _batches(self._pipeline.metrics),
+            used.loop / span,
+            used.others / span,
+        )
+
+    async def _send(self, began: float) -> None:
+        scenario = self._scenario
+        if scenario.arrivals.window is not None:
+            await self._more(scenario.arrivals.window, 0.0)
+            return
+        times, where = scenario.arrivals.schedule(
+            scenario.seconds, scenario.partitions, scenario.seed
+        )
+        for when, partition in zip(times.tolist(), where.tolist(), strict=True):
+            late = _now() - began - when
+            if late < 0:
+                await asyncio.sleep(-late)
+            await self._one(partition, when)
+
+    async def _more(self, count: int, now: float) -> None:
+        load, partitions = self._scenario.arrivals, self._scenario.partitions
+        for partition in load.next_partitions(self._count, count, partitions, self._random):
+            await self._one(partition, now)
+
+    async def _one(self, partition: int, when: float) -> None:
+        value = self._inputs[self._count % len(self._inputs)]
+        self._count += 1
+        self._waiting[partition].append(when)
+        await self._producer.send(Outgoing(self._topic, value, None, partition))
+
+    async def _read(self, consumer: Any, began: float) -> None:
+        last = _now()
+        closed = self._scenario.arrivals.window is not None
+        while True:
+            records = await consumer.poll(0.5)
+            now = _now()
+            for record in records:
+                self._sent.append(self._waiting[record.partition].popleft())
+                self._done.append(now - began)
+            if records:
+                last = now
+                if closed:
+                    await self._more(len(records), now - began)
+            elif now - last > PATIENCE and any(self._waiting):
+                raise StreaminferError(f"no answer for {PATIENCE:.0f} s")

@@ -1,0 +1,300 @@
+"""What a simulation is told: stages with their times, the link, the engine's own costs, the load.
+
+Every number is seconds, bytes or samples. A `SimStage` is made from a profile, from a measurement,
+or by hand; nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from streaminfer.errors import ConfigError
+from streaminfer.spec import did_you_mean
+
+__all__ = ["Arrivals", "Floats", "Host", "Ints", "Link", "Pattern", "Scenario", "SimStage"]
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Pattern = Literal["constant", "poisson", "burst"]
+PATTERNS: tuple[Pattern, ...] = ("constant", "poisson", "burst")
+
+
+@dataclass(frozen=True)
+class SimStage:
+    """A stage: how long a batch takes, on how many devices, and what its output weighs.
+
+    Attributes:
+        seconds: batch size → seconds of one device call; linear between the sizes that are known.
+        speeds: one relative speed per replica; 2.0 computes in half of `seconds`.
+        bytes_out: per sample, as it travels.
+        overhead: seconds of the worker's event loop per micro-batch, beside `Host`'s.
+        local: it shares a worker with the stage before it: no hop.
+        threads: cores that one call keeps busy (where `Host.cores` are shared).
+        python: seconds of every call in which the interpreter's lock is held.
+        reads: the stages whose output it needs, all of them; None: the one before it.
+        device: what `prices` call it.
+    """
+
+    name: str
+    seconds: Mapping[int, float]
+    speeds: tuple[float, ...] = (1.0,)
+    batch_max: int = 16
+    batch_wait: float = 0.004
+    bytes_out: float = 0.0
+    overhead: float = 0.0
+    local: bool = False
+    threads: int = 1
+    python: float = 0.0
+    reads: tuple[str, ...] | None = None
+    device: str = "cpu"
+
+    def table(self) -> list[float]:
+        """Return the seconds of a batch of n samples at index n, 0 to `batch_max`."""
+        known = sorted(self.seconds.items())
+        sizes, times = [n for n, _ in known], [t for _, t in known]
+        found = np.interp(np.arange(self.batch_max + 1), sizes, times)
+        if len(known) > 1 and self.batch_max > sizes[-1]:
+            slope = max(0.0, (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]))
+            beyond = np.arange(sizes[-1], self.batch_max + 1)
+            found[sizes[-1] :] = times[-1] + slope * (beyond - sizes[-1])
+        elif self.batch_max > sizes[-1]:  # one size known: the work is by sample
+            beyond = np.arange(sizes[-1], self.batch_max + 1)
+            found[sizes[-1] :] = times[-1] / sizes[-1] * beyond
+        return [float(t) for t in found]
+
+    def capacity(self) -> float:
+        """Return the most samples a second that its replicas compute together."""
+        best = max(n / t if t else math.inf for n, t in enumerate(self.table()) if n)
+        return best * sum(self.speeds)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a hop takes beside the work at its ends. The link of a replica sends one by one."""
+
+    alpha: float = 0.0  # seconds per message
+    beta: float = 0.0  # seconds per byte
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the engine itself costs.
+
+    With `cores` all workers and the client live in one process, as on the memory bus: they share
+    one event loop, one interpreter's lock, and so many cores. Without, every replica has its own
+    event loop, and its device waits for nobody.
+
+    Attributes:
+        cores: shared by all; None: each worker has its own.
+        client: seconds per sample to send it and to read its answer.
+        receive: seconds per input record.
+        decode: seconds per image in the decoder's thread; `python` of it with the lock held.
+        form: seconds per micro-batch at ingest.
+        hop: seconds per envelope, to hand it to a device and to publish what comes of it.
+        row: seconds per sample of an envelope, each time it is read or written.
+        nbyte: seconds per byte, each time it is read or written.
+        call: seconds per device call, to start it and to take its results.
+        answer: seconds per sample at the sink.
+        settle: seconds per envelope at the sink.
+        turn: seconds per poll.
+        timer: seconds that a timer comes late.
+        commit: seconds between two commits of the sink, which the window is read from.
+        look: seconds between two looks at them.
+    """
+
+    cores: float | None = None
+    client: float = 0.0
+    receive: float = 0.0
+    decode: float = 0.0
+    python: float = 0.0
+    form: float = 0.0
+    hop: float = 0.0
+    row: float = 0.0
+    nbyte: float = 0.0
+    call: float = 0.0
+    answer: float = 0.0
+    settle: float = 0.0
+    turn: float = 0.0
+    timer: float = 0.0
+    commit: float = 0.1
+    look: float = 0.05
+
+    @classmethod
+    def reference(cls, cores: float | None) -> Host:
+        """Return the costs on the machine they were fitted on; `scaled` makes them another's.
+
+        Least squares over the event loop's CPU time of the digits pipeline with 1 and 3 stages at
+        batches of 1, 4, 16 and 64: 102 µs a sample, 686 µs a micro-batch, and for each stage
+        471 µs a micro-batch and 22 µs a sample; it fits the eight runs within 22 %. How a sum is
+        divided among its parts is read off the code, not measured.
+        """
+        return cls(
+            cores=cores,
+            client=30e-6,
+            receive=30e-6,
+            answer=42e-6,
+            form=230e-6,
+            settle=250e-6,
+            hop=350e-6,
+            call=120e-6,
+            row=11e-6,
+            turn=100e-6,
+            timer=0.0005 if cores is not None else 0.0,
+        )
+
+    def scaled(self, by_sample: float, by_batch: float) -> Host:
+        """Return the costs of an event loop that takes so many times as long for each."""
+        samples = ("client", "receive", "answer", "row")
+        batches = ("form", "settle", "hop", "call", "turn")
+        factors = dict.fromkeys(samples, by_sample) | dict.fromkeys(batches, by_batch)
+        return replace(self, **{name: getattr(self, name) * by for name, by in factors.items()})
+
+    def loop_seconds(self, samples: float, batches: float, stages: int, hops: int) -> float:
+        """Return the event loop's seconds for samples that cross so many stages and hops.
+
+        A hop is what a worker publishes: stages joined by local edges share one.
+        """
+        each = self.client + self.receive + self.answer + 2 * self.row * hops
+        return samples * each + batches * (
+            self.form + self.settle + 2 * self.turn + stages * self.call + hops * self.hop
+        )
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """The load: `rate` samples a second, or (closed loop) always `window` of them unanswered.
+
+    constant: at even distances, one partition after the other. poisson: at random times. burst:
+    `burst` of them at once, at even distances. `skew`: partition k gets a share ∝ 1/(k+1)^skew.
+    """
+
+    rate: float | None = None
+    window: int | None = None
+    pattern: Pattern = "constant"
+    skew: float = 0.0
+    burst: int = 1
+
+    def schedule(self, seconds: float, partitions: int, seed: int) -> tuple[Floats, Ints]:
+        """Return when each sample of an open load arrives, in order, and in which partition."""
+        if self.rate is None:
+            raise ConfigError("a closed loop has no schedule", hint="give a rate")
+        random = np.random.default_rng(seed)
+        count = math.ceil(self.rate * seconds)
+        times: Floats = np.arange(count, dtype=np.float64) / self.rate
+        if self.pattern == "poisson":
+            gaps = random.exponential(1 / self.rate, count + 8 * math.ceil(math.sqrt(count)) + 8)
+            times = np.cumsum(gaps, dtype=np.float64)
+        elif self.pattern == "burst":
+            times = times[np.arange(count) // self.burst * self.burst]
+        times = times[times < seconds]
+        return times, self.partitions_of(len(times), partitions, random)
+
+    def next_partitions(
+        self, sent: int, count: int, partitions: int, random: np.random.Generator
+    ) -> list[int]:
+        """Return where a closed loop sends `count` more, after those it has sent."""
+        found = self.partitions_of(count, partitions, random)
+        if not self.skew and self.pattern != "poisson":
+            found = (found + sent) % partitions
+        return [int(n) for n in found]
+
+    def partitions_of(self, count: int, partitions: int, random: np.random.Generator) -> Ints:
+        """Return the partition of each of `count` samples."""
+        if not self.skew and self.pattern != "poisson":
+            return np.arange(count, dtype=np.int64) % partitions
+        weights = 1.0 / np.arange(1, partitions + 1) ** self.skew
+        return random.choice(partitions, count, p=weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """All of it. `window`: samples of one partition between ingest and answer.
+
+    It runs for `seconds` of simulated time; what is answered in the first `warm` isn't counted.
+    """
+
+    stages: Sequence[SimStage]
+    arrivals: Arrivals
+    link: Link = Link()
+    host: Host = Host()
+    partitions: int = 8
+    window: int = 4096
+    sinks: int = 1
+    bytes_in: float = 0.0  # per input record
+    seconds: float = 10.0
+    warm: float = 1.0
+    seed: int = 0
+    prices: Mapping[str, float] = field(default_factory=dict)  # $ per hour of a device
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot run, with the remedy."""
+        if problem := next(self._problems(), None):
+            where, text, hint = problem
+            raise ConfigError(text, where=where, hint=hint)
+
+    def sources(self) -> list[tuple[int, ...]]:
+        """Return, for each stage, the indices of those it reads; () is the input topic."""
+        index = {stage.name: k for k, stage in enumerate(self.stages)}
+        return [
+            ((k - 1,) if k else ()) if stage.reads is None else tuple(index[r] for r in stage.reads)
+            for k, stage in enumerate(self.stages)
+        ]
+
+    def _problems(self) -> Iterator[tuple[str, str, str]]:
+        if not self.stages:
+            yield "stages", "there is no stage to simulate", "a pipeline has at least one"
+        names = [stage.name for stage in self.stages]
+        for name, again in pairwise(sorted(names)):
+            if name == again:
+                yield "stages", f"two stages are called {name!r}", "give each its own name"
+        for k, stage in enumerate(self.stages):
+            yield from _stage_problems(stage, names[:k])
+        yield from self._load_problems()
+
+    def _load_problems(self) -> Iterator[tuple[str, str, str]]:
+        load = self.arrivals
+        if (load.rate is None) == (load.window is None):
+            yield "arrivals", "a load is a rate or a window, one of them", "--rate 200"
+        if load.rate is not None and not (load.rate > 0 and math.isfinite(load.rate)):
+            yield "rate", f"the rate is {load.rate:g} a second", "give more than 0: --rate 200"
+        if load.window is not None and load.window < 1:
+            yield "arrivals.window", f"{load.window} samples in the loop", "give 1 or more"
+        if load.pattern not in PATTERNS:
+            yield "arrivals", f"no pattern {load.pattern!r}", did_you_mean(load.pattern, PATTERNS)
+        if load.burst < 1 or load.skew < 0:
+            yield "arrivals", "burst is at least 1, skew at least 0", ""
+        if min(self.partitions, self.window, self.sinks) < 1:
+            yield "partitions", "partitions, window and sinks are at least 1", ""
+        if not 0 <= self.warm < self.seconds:
+            yield "seconds", f"{self.seconds:g} s, of which {self.warm:g} s warm up", "run longer"
+        if self.host.cores is not None and self.host.cores <= 0:
+            yield "host.cores", f"{self.host.cores:g} cores", "give more than 0"
+
+
+def _stage_problems(stage: SimStage, before: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    name = stage.name
+    if not stage.speeds:
+        yield name, f"stage {name!r} has no replicas", f"give it one: --replicas {name}=1"
+    if any(not (speed > 0 and math.isfinite(speed)) for speed in stage.speeds):
+        yield name, f"stage {name!r} has a replica of speed 0", "a speed is more than 0"
+    if not stage.seconds:
+        yield name, f"nobody knows how long stage {name!r} takes", "profile it, or give seconds"
+    if any(n < 1 or not (t >= 0 and math.isfinite(t)) for n, t in stage.seconds.items()):
+        yield name, f"stage {name!r} has a time below 0, or of a batch below 1", "measure again"
+    if stage.batch_max < 1 or not stage.batch_wait >= 0:
+        yield name, f"batch.max {stage.batch_max}, batch.wait {stage.batch_wait:g}", "max ≥ 1"
+    if before and stage.reads == ():
+        yield name, f"stage {name!r} reads nothing", "the first stage alone reads the input"
+    for other in stage.reads or ():
+        if other not in before:
+            hint = did_you_mean(other, before) if before else "the first stage reads the input"
+            yield name, f"stage {name!r} reads {other!r}, which is no stage before it", hint
+    if stage.local and (not before or stage.reads not in (None, (before[-1],))):
+        yield name, f"stage {name!r} is local but has no one stage before it", "drop local"
