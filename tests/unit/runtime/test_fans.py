@@ -13,8 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaminfer.metrics import Metrics
@@ -280,7 +279,7 @@ def poisons(dice: random.Random, plan: Plan, count: int) -> Poison:
     )
 
 
-@settings(deadline=None, max_examples=150, phases=[Phase.generate])
+@settings(deadline=None, max_examples=60)
 @given(pipelines(), st.integers(0, 2**32), st.booleans())
 async def test_every_row_has_its_answer_whatever_the_shape_and_whoever_dies(
     case: tuple[PipelineSpec, Plan], seed: int, mortal: bool
@@ -294,7 +293,7 @@ async def test_every_row_has_its_answer_whatever_the_shape_and_whoever_dies(
     assert found.keys() == {(p, o) for p in range(PARTITIONS) for o in range(count)}
     for (_, offset), values in found.items():
         expected = whole(plan, offset, poison)
-        for value in values:  # the first one counts; that the others are the same is luck's end
+        for value in values:  # the sink takes the first: all must be the same
             if expected is None:
                 assert isinstance(value, Failure)
                 assert (value.stage, offset) in poison
