@@ -73,6 +73,7 @@ class Worker(Listener):
         self._intake, self._step, self._outbox, self._metrics = intake, step, outbox, metrics
         self._stop, self._limits = stop, limits
         self._trimmer, self._watches = upkeep
+        metrics.start_worker()
         self._tracker = Tracker()
         self._budget = Budget(limits.nbytes, limits.samples)
         self._calls: set[asyncio.Task[None]] = set()
