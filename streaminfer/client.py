@@ -70,6 +70,7 @@ class Prediction:
     predictions: tuple[Label, ...] = ()
     outputs: Mapping[str, Any] = field(default_factory=dict)  # where top_k is 0
     error: Error | None = None
+    partial: bool = False  # an ensemble's answer without some of its branches
     e2e_ms: float = 0.0
     meta: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict)  # the message as it is
@@ -93,6 +94,7 @@ class Prediction:
                 predictions=tuple(Label(**p) for p in raw.get("predictions", ())),
                 outputs=raw.get("outputs", {}),
                 error=Error(**raw["error"]) if "error" in raw else None,
+                partial=raw["partial"],
                 e2e_ms=raw["timing"]["e2e_ms"],
                 meta=raw.get("meta", {}),
                 raw=raw,

@@ -119,7 +119,7 @@ class Metrics:
         self.paused = self._gauge("stage_paused", "1 while the window holds the input", stage)
         self.ready = self._gauge("stage_ready", "1 while this worker can take work", stage)
         self.share_weight = self._gauge(
-            "stage_share_weight", "Weight that this replica asks its share for", (*stage, "replica")
+            "stage_share_weight", "Weight by which this replica gets its share of the partitions", (*stage, "replica")
         )
         self.last_success = self._gauge(
             "stage_last_success_timestamp_seconds", "When a commit last went through", stage
@@ -135,18 +135,18 @@ class Metrics:
         )
 
     def _watch_joins(self, stage: tuple[str, str]) -> None:
-        self.exits = self._counter("stage_exits", "Samples answered by the stage's exit", stage)
+        self.exits = self._counter("stage_exits", "Samples that the stage's exit answered", stage)
         self.gather_held = self._gauge(
-            "gather_held_samples", "Samples that wait for parts of theirs", stage
+            "gather_held_samples", "Samples of which some parts came and others did not yet", stage
         )
         self.gather_wait = self._histogram(
-            "gather_wait_seconds", "Time from a sample's first part to its last", stage, LATENCY
+            "gather_wait_seconds", "Time from a sample's first part to its turn", stage, LATENCY
         )
         self.partial = self._counter(
-            "gather_partial_samples", "Samples that went on without some branches", stage
+            "gather_partial_samples", "Samples that went on without some of their branches", stage
         )
         self.missing = self._counter(
-            "gather_missing_samples", "Samples whose part did not come in time", (*stage, "part")
+            "gather_missing_samples", "Samples that this part did not come for in time", (*stage, "part")
         )
 
     def _watch_sink(self) -> None:
@@ -228,12 +228,8 @@ class StageMetrics:
         self.compute_time = metrics.compute_time.labels(*labels)
         self.inflight = metrics.inflight.labels(*labels)
         self.queue = metrics.queue.labels(*labels)
-        self.paused = metrics.paused.labels(*labels)
-        self.ready = metrics.ready.labels(*labels)
-        self.last_success = metrics.last_success.labels(*labels)
         self.torch_allocated = metrics.torch_allocated.labels(*labels)
         self.torch_reserved = metrics.torch_reserved.labels(*labels)
-        self.resident = metrics.resident.labels(*labels)
         self.samples = {o: metrics.samples.labels(*labels, o) for o in OUTCOMES}
         self.errors = {k: metrics.errors.labels(*labels, k) for k in KINDS}
         self.retries = {o: metrics.retries.labels(*labels, o) for o in ("compute", "produce")}
@@ -242,6 +238,13 @@ class StageMetrics:
         self.record_size = {d: metrics.record_size.labels(*labels, d) for d in ("in", "out")}
         self.exits = metrics.exits.labels(*labels)
         self._labels = labels
+
+    def start_worker(self) -> None:
+        """Create the series of a worker at 0: a stage that runs within another's has none."""
+        self.paused = self.all.paused.labels(*self._labels)
+        self.ready = self.all.ready.labels(*self._labels)
+        self.last_success = self.all.last_success.labels(*self._labels)
+        self.resident = self.all.resident.labels(*self._labels)
 
     def start_gather(self, parts: Iterable[str]) -> None:
         """Create the series of a gather at 0."""

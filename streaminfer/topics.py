@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streaminfer.errors import ConfigError
-from streaminfer.plan import Plan
+from streaminfer.plan import Plan, StagePlan
 from streaminfer.spec import PipelineSpec
 from streaminfer.topology import Topology, build, unequal
 from streaminfer.transport import TopicInfo, TopicSpec
@@ -137,11 +137,18 @@ def _widest_row(spec: PipelineSpec, plan: Plan) -> int:
     rows: dict[str, dict[str, int]] = {}  # fan or stage → topic → bytes
     for worker in build(spec, plan).workers[1:-1]:
         first = plan.stage(worker.stages[0])
-        level = rows.setdefault(first.gather or first.name, {})
+        level = rows.setdefault(_outermost(plan, first), {})
         level[worker.source] = sum(t.row_bytes(first.edge.dtype) for t in first.inputs)
     raw = sum(tensor.row_bytes() for tensor in plan.stages[-1].outputs)
     answer = min(raw, ANSWER * plan.top_k) if plan.top_k else raw
     return ROW_OVERHEAD + max([answer, *(sum(level.values()) for level in rows.values())])
+
+
+def _outermost(plan: Plan, stage: StagePlan) -> str:
+    """Return the gather that ends the whole fan around a stage; the stage, where none is."""
+    while stage.gather:
+        stage = plan.stage(stage.gather)
+    return stage.name
 
 
 def _suffices(key: str, have: str | None, want: str) -> bool:

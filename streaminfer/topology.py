@@ -183,11 +183,14 @@ class _Layout:
         if not stage.sources:
             return False
         before = self._plan.stage(stage.sources[0].stage)
-        if stage.kind == "scatter":
+        if not self._is_remote(stage):
             return True
-        if stage.kind == "stage" and before.kind == "gather" and self._is_remote(before):
-            return True  # the parts' outputs are what leads into it
-        return not self._is_remote(stage)
+        if len(self._plan.consumers(before.name)) > 1:
+            return False  # all that take it are fed alike: what one takes here, no other would get
+        # a scatter cuts where it is, to send each part its own; a gather leads into what follows
+        return stage.kind == "scatter" or (
+            stage.kind == "stage" and before.kind == "gather" and self._is_remote(before)
+        )
 
     def _is_remote(self, stage: StagePlan) -> bool:
         return self._spec.edge(stage.path).transport == "kafka"
@@ -236,8 +239,7 @@ class _Layout:
 
     def _is_balanced(self, first: StagePlan) -> bool:
         """Whether what feeds a stage spreads its micro-batches: never before a gather."""
-        one = first.kind in ("stage", "part") and bool(first.sources)
-        return one and self._spec.edge(first.path).partitioning == "balance"
+        return len(first.sources) == 1 and self._spec.edge(first.path).partitioning == "balance"
 
     def _outputs(self, stage: StagePlan) -> tuple[Route, ...]:
         """Return a route for every topic that takes something of the last stage of a worker."""

@@ -142,7 +142,7 @@ class _Lowering:
         gather: str,
         raw: bool,
     ) -> Cell:
-        alone = before is not None and self._is_joined(before)
+        alone = before is not None and before.gather == gather and self._is_joined(before)
         return self._add(
             Cell(
                 path,
@@ -187,9 +187,11 @@ class _Lowering:
         whole = raw and sliced and fan.scatter is not None and _channels_differ(fan.scatter)
         if fan.scatter is not None or before is None:
             graph = fan.scatter or identity(fan.inputs())
+            opens = before is not None and before.gather != gather  # a branch: others take it, too
             before = self._add(
                 Cell(
-                    f"{path}.scatter", path, graph, _taken(graph, before), Edge(),
+                    f"{path}.scatter", path, graph, _taken(graph, before),
+                    self._edge(path) if opens else Edge(),
                     kind="scatter", gather=gather, pixels=whole,
                 )
             )  # fmt: skip

@@ -10,7 +10,6 @@ of their other parts may lie behind the commit. A row whose parts do not come ha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from streaminfer.wire import Envelope
 
 __all__ = ["Gather", "Patience"]
 
-NOTED = 128  # spans of done rows in a note: Kafka takes 4096 bytes of it
+NOTE = 4000  # bytes of a note's spans: Kafka takes 4096 (offset.metadata.max.bytes)
 AGAIN = 1.0  # seconds until an overdue row whose parts still come is looked at again
 
 
@@ -91,8 +90,7 @@ class Gather(Plain):
     async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
         """Begin with the rows that the last owner noted as done."""
         for tp, note in partitions.items():
-            done = json.loads(note)["done"] if note else []
-            self._lanes[tp] = _Lane(Spans(done), Spans(done), [-1] * len(self._index))
+            self._lanes[tp] = _Lane(Spans.unpack(note), Spans.unpack(note), [-1] * len(self._index))
         self._heard = [self._clock()] * len(self._index)
 
     async def forget(self, partitions: Collection[TopicPartition]) -> None:
@@ -126,8 +124,11 @@ class Gather(Plain):
         oldest = [next(iter(lane.rows.values())).born for lane in self._lanes.values() if lane.rows]
         if not oldest:
             return None
-        now = self._clock()
-        return max(0.0, min(oldest) + self._patience.deadline - now, self._looked + AGAIN - now)
+        patience = self._patience
+        due = min(oldest) + patience.deadline
+        if not patience.strict:  # what is overdue may stay
+            due = max(due, self._looked + min(AGAIN, patience.deadline))
+        return max(0.0, due - self._clock())
 
     async def tick(self) -> Result:
         """Speak for the rows whose parts did not come in time."""
@@ -171,9 +172,14 @@ class Gather(Plain):
                 continue
             row.pieces[part] = Piece(envelope, at)
             row.holders.append(arrival)
-            if None not in row.pieces:
+            if None not in row.pieces or (sample.failure and self._is_hopeless(row)):
                 complete.append(sample.offset)
         return complete
+
+    def _is_hopeless(self, row: _Row) -> bool:
+        """Tell whether too many parts have failed: what the others would say changes nothing."""
+        failed = sum(piece is not None and piece.sample.failure is not None for piece in row.pieces)
+        return len(row.pieces) - failed < self._join.quorum
 
     def _release(
         self, rows: Mapping[TopicPartition, Sequence[int]], settled: list[Settled], missing: str
@@ -208,9 +214,7 @@ class Gather(Plain):
                 if not holder.left:
                     settled += map(Settled, holder.positions)
         notes = {
-            tp: json.dumps({"done": lane.acked.last(NOTED)}, separators=(",", ":"))
-            for tp, lane in lanes.items()
-            if self._lanes.get(tp) is lane
+            tp: lane.acked.pack(NOTE) for tp, lane in lanes.items() if self._lanes.get(tp) is lane
         }
         return Acked(settled, notes)
 

@@ -68,7 +68,7 @@ class Join:
         """Put rows together; `missing` says why a row has no piece of a source."""
         groups: dict[tuple[int, ...], _Group] = {}
         failed: dict[int, tuple[Envelope, list[Sample]]] = {}
-        for row in rows:
+        for row in sorted(rows, key=_offset):  # rows of an envelope rise, however they came
             good = tuple(p.envelope if p and p.sample.failure is None else None for p in row)
             if len(row) - good.count(None) >= self.quorum:
                 key = tuple(map(id, good))
@@ -101,7 +101,8 @@ class Join:
         tensors: dict[str, Tensor] = {}
         for k, envelope in enumerate(group.envelopes):
             if envelope is None:
-                tensors |= {s.name: _zeros(s, len(samples)) for s in self._tensors[k]}
+                sizes = self._sizes(group.envelopes)
+                tensors |= {s.name: _zeros(s, len(samples), sizes) for s in self._tensors[k]}
                 continue
             at = [piece.row for row in group.rows if (piece := row[k]) is not None]
             kept = _rows_of(envelope, at).tensors
@@ -116,6 +117,17 @@ class Join:
             hops=_hops(envelopes),
             sender="",
         )
+
+    def _sizes(self, envelopes: Sequence[Envelope | None]) -> tuple[int, ...]:
+        """Return the shape of a row of what did come: sources that one may miss give all alike."""
+        for envelope, specs in zip(envelopes, self._tensors, strict=True):
+            if envelope is not None:
+                return envelope.tensors[specs[0].name].shape[1:]
+        return ()
+
+
+def _offset(row: Row) -> int:
+    return next(piece.sample.offset for piece in row if piece is not None)
 
 
 def _sample(row: Row, there: Sequence[int]) -> Sample:
@@ -139,8 +151,11 @@ def _hops(envelopes: Sequence[Envelope]) -> tuple[Hop, ...]:
     return tuple(seen.values())
 
 
-def _zeros(spec: TensorSpec, rows: int) -> Tensor:
-    shape = (rows, *(n or 1 for n in spec.shape[1:]))
+def _zeros(spec: TensorSpec, rows: int, sizes: tuple[int, ...]) -> Tensor:
+    """Make rows of zeros; sizes that only the data settles are those of the rows beside them."""
+    declared = spec.shape[1:]
+    known = sizes if len(sizes) == len(declared) else (1,) * len(declared)
+    shape = (rows, *(found if n is None else n for n, found in zip(declared, known, strict=True)))
     return Tensor(spec.dtype, shape, memoryview(bytes(prod(shape) * ITEMSIZE[spec.dtype])))
 
 

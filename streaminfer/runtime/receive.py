@@ -225,8 +225,9 @@ class Envelopes:
         )
         origin = error.origin
         envelope = Envelope(
-            origin.partition, samples, "0" * 64, origin.incarnation, part=origin.part
-        )
+            origin.partition, samples, self._digest or "0" * 64, origin.incarnation,
+            part=origin.part, sender=origin.sender,
+        )  # fmt: skip
         self._fail(envelope, error.positions)
 
     def _fail(self, outcome: Envelope, positions: tuple[Position, ...]) -> None:

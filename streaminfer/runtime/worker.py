@@ -73,11 +73,13 @@ class Worker(Listener):
         self._intake, self._step, self._outbox, self._metrics = intake, step, outbox, metrics
         self._stop, self._limits = stop, limits
         self._trimmer, self._watches = upkeep
+        metrics.start_worker()
         self._tracker = Tracker()
         self._budget = Budget(limits.nbytes, limits.samples)
         self._calls: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._paused: frozenset[TopicPartition] = frozenset()
+        self._waits = asyncio.Event()  # the step has something to do later
         self._epoch = 0  # counts revocations: what was taken before one may not start after it
         self._lost = 0
         self.ready = asyncio.Event()  # can take work: loaded and a member of the group
@@ -157,7 +159,10 @@ class Worker(Listener):
         self._budget.take(nbytes, samples)
         self._metrics.inflight.inc(samples)
         try:
-            await self._finish(await self._step(items))
+            result = await self._step(items)
+            if self._step.due() is not None:
+                self._waits.set()
+            await self._finish(result)
         finally:
             self._budget.give(nbytes, samples)
             self._metrics.inflight.dec(samples)
@@ -252,8 +257,12 @@ class Worker(Listener):
         """Let the step do what waits for time alone."""
         while True:
             due = self._step.due()
-            await asyncio.sleep(0.5 if due is None else min(due, 0.5))
-            if due is not None and due <= 0.5:
+            if due is None:  # only a call changes that
+                self._waits.clear()
+                await self._waits.wait()
+            elif due > 0:
+                await asyncio.sleep(min(due, 0.5))  # what is due may come to be due earlier
+            else:
                 call = asyncio.create_task(self._ticked())
                 self._calls.add(call)
                 call.add_done_callback(self._ended)

@@ -26,6 +26,24 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
 VARIABLES = {"$pipeline": ".+", "$stage": ".+", "$__rate_interval": "15s", "$__range": "15s"}
 
+# every kind of metric has a series: a gather, its parts, and an exit that takes about half
+FANS = {
+    "stages": [
+        {"name": "stem", "until": "stem", "exit": {"factory": "exit.py:build", "threshold": 0.2}},
+        {"name": "trunk", "until": "early", "split": {"by": "channels", "parts": 2}},
+        {"name": "head"},
+    ]
+}
+EXIT = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12 * 8 * 8, 10))
+"""
+
 
 @asynccontextmanager
 async def prometheus(folder: Path, targets: Path) -> AsyncIterator[str]:
@@ -80,19 +98,26 @@ async def scraped(address: str, workers: int) -> None:
 
 async def test_every_query_of_dashboard_and_rules_answers(kafka_address: str, folder: Path) -> None:
     program("prometheus")
-    file = digits_file(folder)
+    (folder / "exit.py").write_text(EXIT)
+    file = digits_file(folder, **FANS)
     images = [(name, value) for name, _, value in scans()[:400]]
     async with streaminfer("run", str(file), "--kafka", kafka_address, cwd=folder) as run:
-        await run.line("ready")
+        await run.line("ready", 150)
         (targets,) = (folder / ".streaminfer").glob("*.targets.json")
         async with prometheus(folder, targets) as address:
             async with Client(kafka_address, pipeline=file) as client:
-                watching = asyncio.create_task(scraped(address, 4))
+                watching = asyncio.create_task(scraped(address, 5))
                 while not watching.done():
                     async for answer in client.stream(images):
                         assert answer.status == "ok"
                     assert (await client.predict(b"not an image")).status == "error"
                 await watching
+            share = "sum(streaminfer_stage_exits_total)"
+            found = await asyncio.to_thread(asked, address, share)
+            assert float(found["data"]["result"][0]["value"][1]) > 0, "nobody leaves at the exit"
+            loose = "streaminfer_stage_ready == 0"  # what StageNotReady would ring for
+            found = await asyncio.to_thread(asked, address, loose)
+            assert not found["data"]["result"], "a stage within another's worker is never ready"
             empty = []
             for _, expression in dashboard_queries():
                 for name, value in VARIABLES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 from collections.abc import Sequence
@@ -16,17 +15,19 @@ from hypothesis import strategies as st
 from streaminfer.metrics import Metrics
 from streaminfer.plan import PRESENT, Source, StagePlan, TensorSpec
 from streaminfer.runtime.gather import Gather, Patience
-from streaminfer.runtime.spans import Spans
+from streaminfer.runtime.receive import Envelopes
+from streaminfer.runtime.spans import MOST, Spans
 from streaminfer.runtime.steps import Item, Result
-from streaminfer.transport import Position, TopicPartition
-from streaminfer.wire import Envelope, Failure, Hop, Sample, Tensor
+from streaminfer.transport import Position, Record, TopicPartition
+from streaminfer.wire import Envelope, Failure, Hop, Sample, Tensor, records
 
 TP = TopicPartition("t.gather", 1)
 PARTS = ("t.0", "t.1", "t.2")
 
 
-def gather_plan(n: int, present: bool = False) -> StagePlan:
-    specs = [TensorSpec(name=f"y{k}", dtype="F32", shape=(None, 1)) for k in range(n)]
+def gather_plan(n: int, present: bool = False, dynamic: bool = False) -> StagePlan:
+    row = (None, None if dynamic else 1)
+    specs = [TensorSpec(name=f"y{k}", dtype="F32", shape=row) for k in range(n)]
     if present:
         specs.append(TensorSpec(name=PRESENT, dtype="F32", shape=(None, n)))
     sources = tuple(Source(stage=PARTS[k], tensors=(f"y{k}",)) for k in range(n))
@@ -166,9 +167,9 @@ async def test_what_is_not_acked_is_not_noted() -> None:
     unacked = await bench.send(1, [1])
     acked = await bench.send(1, [2])
     assert acked.acked is not None
-    assert json.loads(acked.acked().notes[TP])["done"] == [[2, 2]]
+    assert Spans.unpack(acked.acked().notes[TP]).last(9) == [(2, 2)]
     assert unacked.acked is not None
-    assert json.loads(unacked.acked().notes[TP])["done"] == [[1, 2]]
+    assert Spans.unpack(unacked.acked().notes[TP]).last(9) == [(1, 2)]
 
 
 async def test_a_part_that_stays_away_ends_the_row_with_an_error() -> None:
@@ -290,6 +291,114 @@ async def test_any_order_any_repeat_each_row_once_and_nothing_left(seed: int, n:
     assert sorted(bad) == sorted(poison)
     assert sorted(done) == list(range(bench.at))
     assert bench.gather.due() is None
+
+
+async def test_a_row_that_has_failed_waits_for_nobody() -> None:
+    """Else each error would hold up the answers behind it until the slowest part has come."""
+    bench = Bench(3)
+    await bench.begin()
+    first = await bench.send(1, [1], failed=True)
+    assert [s.offset for o in first.outcomes for s in o.samples] == [1]
+    assert settled(first) == [0]
+    for part in (0, 2):
+        late = await bench.send(part, [1])
+        assert not late.outputs
+        assert not late.outcomes
+        assert len(settled(late)) == 1
+    voted = Bench(3, Patience(quorum=2, strict=True), present=True)
+    await voted.begin()
+    assert not (await voted.send(1, [1], failed=True)).outcomes, "two can still make the quorum"
+    (outcome,) = (await voted.send(2, [1], failed=True)).outcomes
+    assert [s.offset for s in outcome.samples] == [1]
+    assert voted.gather.due() is None
+
+
+async def test_rows_rise_in_an_envelope_however_they_came() -> None:
+    """The codec refuses others, and the sink would take them for repeats."""
+    bench = Bench(3, Patience(deadline=5, quorum=1, strict=True), present=True)
+    await bench.begin()
+    await bench.send(0, [5])
+    await bench.send(1, [3, 4, 6])
+    await bench.send(0, [4, 5, 6, 7])
+    await bench.send(2, [3, 4, 5, 6], failed=True)
+    bench.now = 6
+    late = await bench.gather.tick()
+    for envelope in (*late.outputs, *late.outcomes):
+        offsets = [sample.offset for sample in envelope.samples]
+        assert offsets == sorted(offsets)
+
+
+async def test_a_damaged_part_ends_its_rows_at_once() -> None:
+    """Only the header told whose it was; its rows must not wait for the deadline."""
+    metrics = Metrics("p").stage("t.gather")
+    intake = Envelopes("t.gather", "d" * 64, metrics, max_bytes=1 << 20)
+    ((headers, value),) = records(of_part(0, [1, 2]), 900)
+    intake.add([Record(*TP, 0, 0, None, value[:-9], headers)])
+    bench = Bench()
+    await bench.begin()
+    await bench.send(1, [1, 2])
+    result = await bench.gather(list(intake.take()))
+    (outcome,) = result.outcomes
+    assert [s.offset for s in outcome.samples] == [1, 2]
+    assert outcome.digest == "d" * 64, "or what follows takes it for another plan's"
+    assert bench.gather.due() is None
+
+
+async def test_sizes_that_only_the_data_settles_are_those_of_the_branches_that_came() -> None:
+    """Zeros of another size cannot be fused: every partial answer would be an error."""
+    bench = Bench(2, Patience(quorum=1, strict=True), present=True, dynamic=True)
+    await bench.begin()
+    wide = Tensor("F32", (2, 3), memoryview(bytes(24)))
+    envelope = replace(of_part(0, [1, 2]), tensors={"y0": wide})
+    await bench.gather([Item((Position(*TP, 0),), envelope)])
+    both = await bench.send(1, [1, 2], failed=True)
+    assert both.outputs[0].tensors["y1"].shape == (2, 3)
+    assert len(both.outputs[0].tensors["y1"].data) == 24
+
+
+async def test_the_heir_of_a_thousand_holes_knows_them_all() -> None:
+    """Samples that left at an exit are holes for ever; Kafka takes 4096 bytes of a note."""
+    bench = Bench()
+    await bench.begin()
+    begin = 10**15
+    offsets = [begin + 2 * k for k in range(2000)]
+    await bench.send(0, [begin - 9])  # holds the commit
+    await bench.send(0, offsets)
+    last = await bench.send(1, offsets)
+    assert last.acked is not None
+    note = last.acked().notes[TP]
+    assert len(note.encode()) <= 4096
+    heir = Bench()
+    await heir.begin(note)
+    again = await heir.send(1, offsets)
+    assert (rows(again), settled(again)) == ({}, [0])
+    assert heir.gather.due() is None
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 5000), st.integers(0, 2**60))
+@settings(deadline=None, max_examples=40)
+def test_a_note_has_the_highest_spans_that_kafka_takes(
+    dice: random.Random, count: int, begin: int
+) -> None:
+    spans, at = Spans(), begin
+    for _ in range(count):
+        at += 2 + dice.getrandbits(dice.choice([1, 1, 4, 40]))
+        spans.add(at, at := at + dice.getrandbits(dice.choice([1, 1, 4, 40])))
+    text = spans.pack(4000)
+    assert len(text.encode()) <= 4000
+    kept = Spans.unpack(text)
+    assert kept.last(10**6) == spans.last(len(kept))
+    assert len(kept) >= min(count, 300)
+
+
+def test_holes_of_samples_that_never_come_are_not_kept_for_ever() -> None:
+    """A stage with an exit leaves one hole a sample: a worker that runs for a year runs full."""
+    spans = Spans()
+    for k in range(3 * MOST):
+        spans.add(2 * k, 2 * k)
+    assert len(spans) == MOST
+    assert 1 in spans, "whoever comes so late has been answered"
+    assert 6 * MOST - 3 not in spans, "what may be on its way is waited for"
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 20))))
