@@ -94,7 +94,7 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
     kafka = quick(own_broker.address, close_timeout=20.0)
     topic = await make(kafka)
     acks: list[asyncio.Future[Position]] = []
-    done = asyncio.Event()
+    joined, done = asyncio.Event(), asyncio.Event()
 
     async def send() -> None:
         async with kafka.producer() as producer:
@@ -107,6 +107,7 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
 
     async def receive() -> None:
         async with kafka.consumer([topic], "g") as consumer:
+            joined.set()
             while not done.is_set() or len(seen) < len(acks):
                 seen.update(
                     ((record.value or b"")[:6], None) for record in await consumer.poll(0.2)
@@ -115,6 +116,7 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
     async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
         tasks.create_task(send())
         tasks.create_task(receive())
+        await joined.wait()
         await asyncio.sleep(1)
         await asyncio.to_thread(own_broker.kill)
         before = sum(ack.done() for ack in acks)

@@ -1,4 +1,4 @@
-"""What rings and what is shown: rules on their stories, a dashboard that is what its source says."""
+"""What an operator loses: a dashboard that names series which no worker has, or hides one."""
 
 from __future__ import annotations
 
