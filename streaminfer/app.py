@@ -257,7 +257,7 @@ async def run_worker(
 
 @dataclass
 class LocalPipeline:
-    """All workers of a pipeline in this process, on the memory bus.
+    """All workers of a pipeline in this process, on the memory bus or another transport.
 
         async with LocalPipeline(spec, plan, folder) as pipeline:
             async with pipeline.client() as client: ...
@@ -269,11 +269,12 @@ class LocalPipeline:
     plan: Plan
     folder: Path
     port: int | None = None  # of /metrics; None: not served
+    transport: Transport = field(default_factory=MemoryTransport)
     metrics: Metrics = field(init=False)
     address: str = field(init=False, default="")
-    transport: MemoryTransport = field(init=False, default_factory=MemoryTransport)
     _stop: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
+    _keepers: list[asyncio.Task[None]] = field(init=False, default_factory=list)
     _workers: list[Worker] = field(init=False, default_factory=list)
     _stack: contextlib.AsyncExitStack = field(init=False, default_factory=contextlib.AsyncExitStack)
 
@@ -290,8 +291,9 @@ class LocalPipeline:
         topology = build(self.spec, self.plan)
         async with self.transport.admin() as admin:
             await admin.create(topic_specs(topology, self.spec, self.spec.kafka.partitions))
+        in_memory = isinstance(self.transport, MemoryTransport)
         deployment = await Deployment.open(
-            self.spec, self.plan, self.folder, self.transport, history=False
+            self.spec, self.plan, self.folder, self.transport, history=not in_memory
         )
         try:
             for role in topology.workers:
@@ -300,7 +302,8 @@ class LocalPipeline:
                     worker = await self._stack.enter_async_context(context)
                     self._workers.append(worker)
                     self._tasks.append(asyncio.create_task(worker.run(), name=role.name))
-            self._tasks.append(asyncio.create_task(self._forget_answers(topology)))
+            if in_memory:
+                self._keepers.append(asyncio.create_task(self._forget_answers(topology)))
             await self._all_ready()
             if self.port is not None:
                 self.address = await self._stack.enter_async_context(self._serve())
@@ -317,7 +320,7 @@ class LocalPipeline:
     ) -> None:
         """Drain and stop every worker."""
         await self._close()
-        for task in self._tasks[:-1]:
+        for task in self._tasks:
             if kind is None and not task.cancelled() and (failure := task.exception()):
                 raise failure
 
@@ -327,7 +330,8 @@ class LocalPipeline:
 
     async def failed(self) -> None:
         """Wait until a worker ends by itself, and raise what it raised."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        running = [*self._tasks, *self._keepers]
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
 
@@ -366,7 +370,7 @@ class LocalPipeline:
 
     async def _close(self) -> None:
         self._stop.set()
-        if self._tasks:
-            self._tasks[-1].cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)
         await self._stack.aclose()

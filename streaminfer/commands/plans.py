@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from streaminfer.client import connect
@@ -21,7 +22,7 @@ from streaminfer.topology import build
 if TYPE_CHECKING:
     from streaminfer.planning.cuts import CutRow
     from streaminfer.planning.verify import VerifyReport
-    from streaminfer.spec import PipelineSpec
+    from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = [
     "console",
@@ -84,14 +85,29 @@ def print_verified(report: VerifyReport) -> None:
 def cuts(
     model: str, example: str, kwargs: str, random_weights: bool, trust: bool = False
 ) -> list[CutRow]:
-    """List the legal cuts of a pipeline file's model, or of a factory's."""
+    """List the legal cuts of a pipeline file's model, or of a factory's; a bar tells how far."""
     from streaminfer.planning.cuts import list_cuts
+
+    found, path = _model(model, example, kwargs)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("looking at cuts", total=None)
+        return list_cuts(
+            found,
+            path,
+            random_weights=random_weights,
+            trust=trust,
+            seen=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _model(model: str, example: str, kwargs: str) -> tuple[ModelSpec, Path | None]:
+    """Return the model of a pipeline file, or one made of a factory and an example's shape."""
     from streaminfer.spec import ModelSpec
     from streaminfer.spec.file import load
 
     if model.endswith((".yaml", ".yml")):
         spec = load(Path(model))
-        return list_cuts(spec.first_model, spec.path, random_weights=random_weights, trust=trust)
+        return spec.first_model, spec.path
     try:
         shape = tuple(int(n) for n in example.split(","))
         options = json.loads(kwargs)
@@ -99,9 +115,7 @@ def cuts(
         raise ConfigError(
             str(error), hint="--example 3,224,224 --kwargs '{\"weights\": null}'"
         ) from None
-    return list_cuts(
-        ModelSpec(factory=model, kwargs=options, example=shape), None, random_weights=random_weights
-    )
+    return ModelSpec(factory=model, kwargs=options, example=shape), None
 
 
 def print_plan(folder: Path, plan: Plan) -> None:
@@ -123,13 +137,22 @@ def print_plan(folder: Path, plan: Plan) -> None:
 
 
 def print_cuts(rows: Sequence[CutRow]) -> None:
-    """Show where a model may be cut."""
-    table = Table(title="a stage may end with (until:)")
+    """Show where a model may be cut, and how the stage up to there may be split."""
+    table = Table(
+        title="a stage may end with (until:)",
+        caption="split, of the layers since the row above: C by channels, T in exact tiles; "
+        "…T from the model's beginning to here",
+    )
     table.add_column("layer")
     for name in ("tensors", "bytes per image", "weights before"):
         table.add_column(name, justify="right")
+    table.add_column("split")
     for row in rows:
-        table.add_row(row.layer, str(row.tensors), f"{row.nbytes:,}", f"{row.weights_before:.0%}")
+        marks = (("C", row.channels), ("T", row.tiles), ("…T", row.tiles_up_to_here))
+        split = " ".join(mark if works else " " * len(mark) for mark, works in marks)
+        table.add_row(
+            row.layer, str(row.tensors), f"{row.nbytes:,}", f"{row.weights_before:.0%}", split
+        )
     console.print(table)
 
 

@@ -125,6 +125,9 @@ def _same_classes(cells: Sequence[Cell], classes: int | None) -> None:
                 f"the exit of {cell.path!r} has {found} classes, the model "
                 f"{'no row of them' if classes is None else classes}",
                 where=f"stages.{cell.path}.exit",
+                hint="an exit answers in the model's place: give it the model's classes"
+                if classes is not None
+                else "an exit needs a model that gives [batch, classes]",
             )
 
 

@@ -1,27 +1,42 @@
-"""Where a model may be cut: one row per layer end, with what would cross there."""
+"""Where a model may be cut: one row per layer end, with what would cross there.
+
+And what could be done with the layers up to there: split by channels, or in tiles of the image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.pipeline import Cutter
+from streaminfer.parallel.spatial import tiles_problem
+from streaminfer.parallel.tensor import channels_problem
 from streaminfer.planning.example import example_inputs
 from streaminfer.planning.factory import make_model
 from streaminfer.spec import ModelSpec
 
 __all__ = ["CutRow", "list_cuts"]
 
+PARTS, GRID = 2, (2, 2)  # what is tried of a split
+
 
 class CutRow(NamedTuple):
-    """A legal cut behind a layer. `nbytes`: per image, as the edge's dtype `native` sends it."""
+    """A legal cut behind a layer. `nbytes`: per image, as the edge's dtype `native` sends it.
+
+    `channels` and `tiles` are of the stage from the cut before (the row above) to this one,
+    `tiles_up_to_here` of the model's beginning to this cut.
+    """
 
     layer: str
     position: int
     tensors: int
     nbytes: int
     weights_before: float  # share of all weight bytes, 0 to 1
+    channels: bool  # split: {by: channels, parts: 2} works
+    tiles: bool  # split: {by: tiles, grid: [2, 2]} works, exactly
+    tiles_up_to_here: bool
 
 
 def list_cuts(
@@ -30,6 +45,7 @@ def list_cuts(
     *,
     random_weights: bool = False,
     trust: bool = False,
+    seen: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[CutRow]:
     """Return the legal cuts at layer ends, first to last.
 
@@ -40,6 +56,7 @@ def list_cuts(
         path: the pipeline file, at whose folder relative paths start.
         random_weights: don't load weights; they change nothing here.
         trust: read `model.file`, though its reader can run what is in it.
+        seen: is told how many of how many cuts were looked at.
 
     Raises:
         ConfigError, CaptureError: the model cannot be made or captured.
@@ -53,9 +70,22 @@ def list_cuts(
         known = outermost.setdefault(layer.last, layer.path)
         outermost[layer.last] = min(known, layer.path, key=len)
     legal = set(cutter.legal)
+    cuts = [(cut, name) for cut, name in sorted(outermost.items()) if cut in legal]
     weights = cutter.weights_before()
-    return [
-        CutRow(name, cut, len(cutter.live(cut)), cutter.row_bytes(cut), weights[cut] / weights[-1])
-        for cut, name in sorted(outermost.items())
-        if cut in legal
-    ]
+    rows: list[CutRow] = []
+    first = 0
+    for cut, name in cuts:
+        seen(len(rows), len(cuts))
+        row = CutRow(
+            layer=name,
+            position=cut,
+            tensors=len(cutter.live(cut)),
+            nbytes=cutter.row_bytes(cut),
+            weights_before=weights[cut] / weights[-1] if weights[-1] else 0.0,
+            channels=not channels_problem(cutter, first, cut, PARTS),
+            tiles=not tiles_problem(cutter, first, cut, GRID),
+            tiles_up_to_here=not tiles_problem(cutter, 0, cut, GRID),
+        )
+        rows.append(row)
+        first = cut + 1
+    return rows

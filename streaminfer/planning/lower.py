@@ -7,7 +7,8 @@ ensemble  the roads of several models side by side, and their gather
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -125,7 +126,8 @@ class _Lowering:
             if stage.split is None:
                 before = self._plain(path, stage, cutter.stage(first, last), before, gather, raw)
                 continue
-            fan = self._split(cutter, stage, first, last)
+            with _blaming(f"stages.{path}.split"):
+                fan = self._split(cutter, stage, first, last)
             following = stages[k + 1] if k + 1 < len(stages) else None
             joined = following is not None and following[1].split is None
             edge = self._edge(following[0] if following and joined else path)
@@ -176,7 +178,10 @@ class _Lowering:
                 hint="make it the only stage; or reduce: exact, which takes any stage of "
                 "convolutions",
             )
-        return approximate_tiles(cutter.stage(first, last), split.grid, split.reduce)
+        ranked = self._spec.output.top_k > 0
+        return approximate_tiles(
+            cutter.stage(first, last), split.grid, split.reduce, classes=ranked
+        )
 
     def _fan(
         self, path: str, fan: Fan, before: Cell | None, gather: str, *, raw: bool, edge: Edge
@@ -206,7 +211,11 @@ class _Lowering:
     def _exit(self, path: str, declared: ExitSpec, graph: StageGraph, gather: str) -> StageGraph:
         where = f"stages.{path}.exit"
         if gather:
-            raise ConfigError("a branch has no exit: its gather needs every row", where=where)
+            raise ConfigError(
+                "a branch has no exit: its gather needs every row",
+                where=where,
+                hint="drop it; an exit stands behind a stage of the pipeline's own model",
+            )
         if len(graph.outputs) != 1:
             raise ConfigError(
                 f"{len(graph.outputs)} tensors cross the cut behind {path!r}; an exit takes one",
@@ -219,7 +228,9 @@ class _Lowering:
         if len(made.outputs) != 1 or len(made.outputs[0].shape) != 2:
             found = ", ".join(f"{p.name} {list(p.shape)}" for p in made.outputs)
             raise ConfigError(
-                f"an exit gives logits [batch, classes]; this one gives {found}", where=where
+                f"an exit gives logits [batch, classes]; this one gives {found}",
+                where=where,
+                hint="end it with nn.Flatten and nn.Linear, or with a mean over rows and columns",
             )
         return renamed(made, {made.inputs[0].name: port.name}, {made.outputs[0].name: "output"})
 
@@ -265,6 +276,17 @@ class _Lowering:
             module = self._make(ModelSpec(factory=stage.fuse, example=shape))
         (made,) = Cutter(capture(module.eval(), given)).split([])
         return renamed(made, dict(zip(_names(made.inputs), _names(outputs), strict=True)))
+
+
+@contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Name the key of the pipeline file where an error has no place."""
+    try:
+        yield
+    except CaptureError as error:
+        if error.where:
+            raise
+        raise CaptureError(error.message, where=where, hint=error.hint) from error
 
 
 def exit_model(declared: ExitSpec, port: Port) -> ModelSpec:

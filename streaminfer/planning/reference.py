@@ -54,7 +54,7 @@ def _model(spec: PipelineSpec, make: Make) -> Whole:
     model = make(spec.model)
     split = spec.stages[0].split
     if split and split.reduce != "exact":
-        return _tiles(model, split.grid or (1, 1), split.reduce)
+        return _tiles(model, split.grid or (1, 1), split.reduce, classes=spec.output.top_k > 0)
     heads = _exits(spec, spec.model, model, make)
 
     def run(batch: Inputs) -> Sequence[Tensor]:
@@ -66,8 +66,11 @@ def _model(spec: PipelineSpec, make: Make) -> Whole:
     return run
 
 
-def _tiles(model: nn.Module, grid: tuple[int, int], reduce: str) -> Whole:
-    """Take each tile for an image, and reduce what the model says of them."""
+def _tiles(model: nn.Module, grid: tuple[int, int], reduce: str, *, classes: bool) -> Whole:
+    """Take each tile for an image, and reduce what the model says of them.
+
+    Votes on classes are the logarithms of their shares.
+    """
 
     def run(batch: Inputs) -> Sequence[Tensor]:
         rows = torch.tensor_split(batch.args[0], grid[0], 2)
@@ -79,7 +82,8 @@ def _tiles(model: nn.Module, grid: tuple[int, int], reduce: str) -> Whole:
             return [values.sum(1)]
         if reduce == "vote":
             best = nn.functional.one_hot(values.argmax(2), values.shape[2])
-            return [best.to(values.dtype).mean(1)]
+            shares = best.to(values.dtype).mean(1)
+            return [shares.log() if classes else shares]
         return [values.mean(1)]
 
     return run

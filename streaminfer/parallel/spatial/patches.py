@@ -27,7 +27,9 @@ ROWS = 2  # of the batch that a tile is tried with
 aten = torch.ops.aten
 
 
-def approximate_tiles(stage: StageGraph, grid: tuple[int, int], reduce: Reduce) -> Fan:
+def approximate_tiles(
+    stage: StageGraph, grid: tuple[int, int], reduce: Reduce, *, classes: bool = False
+) -> Fan:
     """Run a stage on tiles of its image as if each were all of it.
 
     Args:
@@ -35,6 +37,7 @@ def approximate_tiles(stage: StageGraph, grid: tuple[int, int], reduce: Reduce) 
         grid: tiles from top to bottom, and from left to right; as equal as possible.
         reduce: what becomes of the tiles' outputs: their mean, their sum, or of [samples, classes]
             the share of the tiles that each class is the largest in.
+        classes: votes go on as their logarithms, so that the softmax of them is the shares.
 
     Raises:
         CaptureError: the stage has no image, or the grid is finer; the model does not run on
@@ -50,7 +53,7 @@ def approximate_tiles(stage: StageGraph, grid: tuple[int, int], reduce: Reduce) 
     for size in dict.fromkeys(sizes):
         _try(stage, image, size)
     parts = [_part(stage, image, k, box) for k, box in enumerate(boxes)]
-    return Fan(_scatter(stage, image, boxes), tuple(parts), _gather(stage, parts, reduce))
+    return Fan(_scatter(stage, image, boxes), tuple(parts), _gather(stage, parts, reduce, classes))
 
 
 def _image(stage: StageGraph) -> Port:
@@ -175,7 +178,9 @@ def _finish(graph: fx.Graph, inputs: Sequence[Port], outputs: Mapping[Port, fx.N
     return StageGraph(graph, {}, tuple(inputs), tuple(outputs), ())
 
 
-def _gather(stage: StageGraph, parts: Sequence[StageGraph], reduce: Reduce) -> StageGraph:
+def _gather(
+    stage: StageGraph, parts: Sequence[StageGraph], reduce: Reduce, classes: bool
+) -> StageGraph:
     graph = fx.Graph()
     call = graph.call_function
     ports = [port for part in parts for port in part.outputs]
@@ -189,5 +194,7 @@ def _gather(stage: StageGraph, parts: Sequence[StageGraph], reduce: Reduce) -> S
             answers = [call(aten.to.dtype, (vote, DTYPES[port.dtype])) for vote in votes]
         stacked = call(aten.stack.default, (answers,))
         target = aten.sum.dim_IntList if reduce == "sum" else aten.mean.dim
-        outputs[port] = call(target, (stacked, [0]))
+        reduced = call(target, (stacked, [0]))
+        logs = reduce == "vote" and classes
+        outputs[port] = call(aten.log.default, (reduced,)) if logs else reduced
     return _finish(graph, ports, outputs)

@@ -1,0 +1,127 @@
+"""Pipeline files to be tried: a copy with names of its own, the whole model's answers, a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from uuid import uuid4
+
+import torch
+import yaml
+from torch import Tensor
+
+from stages.digits.images import scans
+from streaminfer import Client, LocalPipeline, Prediction
+from streaminfer.client import connect
+from streaminfer.commands import plan_of
+from streaminfer.planning.example import Inputs
+from streaminfer.planning.reference import reference
+from streaminfer.planning.verify import VerifyReport, verify
+from streaminfer.runtime.postprocess import batch_of
+from streaminfer.spec.file import load
+from tests.e2e.conftest import ROOT
+
+STAGES = ROOT / "stages"
+DIGITS = STAGES / "digits" / "pipeline.yaml"
+COUNT = 60
+ROUNDED = 1e-5  # of scores and outputs: workers batch as images come, and kernels sum as they batch
+
+Changes = Mapping[str, Any]
+AS_IT_IS: Changes = MappingProxyType({})
+
+
+def copied(file: Path, folder: Path, changes: Changes = AS_IT_IS) -> Path:
+    """Copy a pipeline file with what stands beside it; its topics and ports are its own."""
+    copy = folder / file.name
+    for beside in (*file.parent.glob("*.py"), *file.parent.glob("*.safetensors")):
+        shutil.copy(beside, folder)
+    raw = yaml.safe_load(file.read_text())
+    name = f"{raw['pipeline']}-{uuid4().hex[:8]}"
+    raw |= {"pipeline": name, "metrics": {"port": 0}}
+    raw["input"]["topic"] = f"{name}.images"
+    raw["output"]["topic"] = f"{name}.predictions"
+    raw["kafka"] = {"partitions": 3, "session_timeout": "6s"}
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value} if isinstance(raw.get(key), dict) and value else value
+        if raw[key] is None:
+            del raw[key]
+    copy.write_text(yaml.safe_dump(raw))
+    return copy
+
+
+@dataclass(frozen=True)
+class Form:
+    """One pipeline file with its plan, built once for all tests of it."""
+
+    file: Path
+    folder: Path
+    random_weights: bool = False
+
+    @cached_property
+    def _planned(self) -> tuple[Any, Any, Any]:
+        spec = load(self.file, environ={})
+        where, plan = plan_of(spec, self.folder / "plan", self.random_weights)
+        return spec, where, plan
+
+    @property
+    def images(self) -> Sequence[tuple[str, bytes]]:
+        return [(name, value) for name, _, value in scans()[:COUNT]]
+
+    @cached_property
+    def report(self) -> VerifyReport:
+        """What `streaminfer verify` says of it."""
+        spec, where, _ = self._planned
+        sizes = (1, 2) if self.random_weights else (1, 3, 8)
+        return verify(spec, where, batch_sizes=sizes)
+
+    @property
+    def tolerance(self) -> float:
+        """What the outputs may differ by: nothing but rounding, where no edge is of 16 bits."""
+        return self.report.tolerance + ROUNDED
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """What the uncut models say of the images: logits or raw outputs."""
+        spec, _, _ = self._planned
+        with torch.inference_mode():
+            batch = batch_of([value for _, value in self.images], spec.input)
+            return reference(spec)(Inputs((batch,)))[0]
+
+    async def answers(self, kafka: str | None) -> list[Prediction]:
+        """Run every worker in this process, on the memory bus or on Kafka."""
+        spec, where, plan = self._planned
+        if kafka is None:
+            pipeline = LocalPipeline(spec, plan, where)
+        else:
+            spec = load(self.file, {"kafka.bootstrap": kafka}, environ={})
+            pipeline = LocalPipeline(spec, plan, where, transport=connect(spec, replication=1))
+        async with pipeline, pipeline.client() as client:
+            return await answered(client, self.images)
+
+    def check(self, answers: Sequence[Prediction]) -> None:
+        """Raise AssertionError unless these are the answers of the uncut models, one each."""
+        assert [a.id for a in answers] == [name for name, _ in self.images]
+        spec, _, plan = self._planned
+        for answer, row in zip(answers, self.whole, strict=True):
+            assert answer.status == "ok", answer.error
+            assert answer.raw["partial"] is False
+            if not plan.top_k:
+                (found,) = answer.outputs.values()
+                assert torch.allclose(torch.tensor(found), row, rtol=0, atol=self.tolerance)
+                continue
+            scores = row.softmax(0)
+            best = scores.topk(plan.top_k).values.tolist()
+            assert len(answer.predictions) == plan.top_k
+            for rank, (given, score) in enumerate(zip(answer.predictions, best, strict=True)):
+                close = max(abs(given.score - score), abs(float(scores[given.index]) - score))
+                assert close <= self.tolerance, f"{answer.id}, rank {rank}: {given}, not {score}"
+                assert given.label == spec.output.labels[given.index]
+
+
+async def answered(client: Client, images: Sequence[tuple[str, bytes]]) -> list[Prediction]:
+    return [answer async for answer in client.stream(iter(images), timeout=60)]
