@@ -17,13 +17,13 @@ from streaminfer.commands.asked import Asked, bound_of, caps_of, edge_of, link_o
 from streaminfer.commands.messages import files
 from streaminfer.commands.plans import warn
 from streaminfer.commands.road import KAFKA, LOCAL, hop, ingest_seconds
-from streaminfer.commands.tryout import Measured, try_out
+from streaminfer.commands.tryout import try_out
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import CODECS, Drift, EdgeChoice, best_codec, choose_dtypes
 from streaminfer.planning.factory import example_batch
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
-from streaminfer.planning.predict import Candidate, Machine
+from streaminfer.planning.predict import Candidate, Machine, Measured
 from streaminfer.planning.profile import Profile
 from streaminfer.planning.profiler import (
     BATCHES,
@@ -33,6 +33,7 @@ from streaminfer.planning.profiler import (
     places,
     profile,
 )
+from streaminfer.planning.report import Page
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.planning.timing import Runner, available_memory, cores
 from streaminfer.runtime.postprocess import batch_of
@@ -320,3 +321,15 @@ def write(outcome: Outcome, file: Path | None, report: Path | None) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(outcome.text(file.parent.resolve()), encoding="utf-8")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        page = Page(
+            title=outcome.subject.spec.pipeline,
+            profile=outcome.profile,
+            request=outcome.request,
+            answer=outcome.answer,
+            edges=outcome.edges,
+            choices=outcome.choices,
+            measured=outcome.measured,
+        )
+        report.write_text(page.html(), encoding="utf-8")

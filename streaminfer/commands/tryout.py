@@ -18,26 +18,16 @@ from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Edge
-from streaminfer.planning.predict import LOAD, Candidate
+from streaminfer.planning.predict import LOAD, Candidate, Measured
 from streaminfer.planning.source import ensure
 from streaminfer.planning.subject import Subject
 from streaminfer.spec.file import load
 
-__all__ = ["Measured", "try_out"]
+__all__ = ["try_out"]
 
 SECONDS = 3.0  # of measuring, at full load and again at LOAD of what that gave
 BUSY = "streaminfer_stage_busy_seconds_total"
 TENSOR = (("content-type", b"application/vnd.streaminfer+msgpack"),)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a candidate did. The same figures as are predicted."""
-
-    throughput: float  # samples a second
-    p50: float  # seconds, at LOAD of it
-    p99: float
-    busy: Mapping[str, float]
 
 
 def try_out(

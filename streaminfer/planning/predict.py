@@ -8,12 +8,12 @@ period     the slowest of: each stage on its devices; all the CPU time ÷ the co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streaminfer.planning.profile import Link, Profile
 
-__all__ = ["LOAD", "Candidate", "Machine", "PlacedStage", "predict"]
+__all__ = ["LOAD", "Candidate", "Machine", "Measured", "PlacedStage", "predict"]
 
 LOAD = 0.7  # share of the throughput at which latency is predicted
 
@@ -92,6 +92,16 @@ class Candidate:
     def busy(self) -> dict[str, float]:
         """Return the share of time that each stage computes at full throughput."""
         return {s.name: min(1.0, s.compute / len(s.devices) / self.period) for s in self.stages}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a candidate did. The same figures as are predicted."""
+
+    throughput: float  # samples a second
+    p50: float  # seconds, at LOAD of it
+    p99: float
+    busy: Mapping[str, float]
 
 
 def predict(
