@@ -20,7 +20,6 @@ from streaminfer.commands.road import KAFKA, LOCAL, hop, ingest_seconds
 from streaminfer.commands.tryout import try_out
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import CODECS, Drift, EdgeChoice, best_codec, choose_dtypes
-from streaminfer.planning.factory import example_batch
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
 from streaminfer.planning.predict import Candidate, Machine, Measured
@@ -30,6 +29,7 @@ from streaminfer.planning.profiler import (
     Captured,
     Place,
     capture_model,
+    example_tensors,
     places,
     profile,
 )
@@ -246,7 +246,7 @@ def _drift_lines(
 
 def _calibration(known: Subject, folder: str | None) -> list[torch.Tensor]:
     if folder is None:
-        rows = example_batch(known.spec.model, CALIBRATION)
+        (rows,) = example_tensors(known.spec.model, CALIBRATION)
     else:
         if known.spec.input.decode != "image":
             raise ConfigError("the pipeline takes tensors, not images", where="--calibrate")

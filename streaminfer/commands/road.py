@@ -15,6 +15,7 @@ from PIL import Image
 from streaminfer.client import connect
 from streaminfer.metrics import Metrics
 from streaminfer.planning.profile import Link
+from streaminfer.planning.profiler import example_tensors
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.postprocess import batch_of
 from streaminfer.runtime.receive import Envelopes
@@ -132,10 +133,8 @@ def _envelope(k: int, values: int) -> Envelope:
 
 def inputs(spec: PipelineSpec, count: int = 8) -> list[bytes]:
     """Return seeded input records as a client would send them: JPEGs, or messages with a tensor."""
-    from streaminfer.planning.factory import example_batch
-
     if spec.input.decode == "tensor":
-        rows = example_batch(spec.model, count)
+        (rows,) = example_tensors(spec.model, count)
         return [
             encode_tensor_input(
                 TensorInput(Tensor(NAMES[row.dtype], tuple(row.shape), as_bytes(row)))

@@ -38,7 +38,6 @@ def try_out(
     outputs: int,
     random_weights: bool,
     say: Callable[[str, int, int], None],
-    seconds: float = SECONDS,
 ) -> list[Measured]:
     """Run each candidate on the memory bus, one after the other; in the order given."""
     found = []
@@ -51,7 +50,7 @@ def try_out(
             file.write_text(
                 pipeline_file(subject, candidate, edges, (), folder.resolve(), outputs=outputs)
             )
-            found.append(asyncio.run(_run(file, folder / "plan", random_weights, seconds)))
+            found.append(asyncio.run(_run(file, folder / "plan", random_weights, SECONDS)))
     return found
 
 

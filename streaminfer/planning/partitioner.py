@@ -9,9 +9,10 @@ A stage on a group of devices runs at the sum of their rates, so groups may mix 
 and sending are charged to the stage that does it. The bottleneck, the time between two micro-
 batches that leave the slowest stage, is what the pipeline's throughput depends on.
 
-A first pass over few cuts bounds the bottleneck; in the exact pass over all cuts a state is only
-looked at where the devices it has used could have come that far, and the unused could do the rest,
-within the bound. (PipeDream's and AlpaServe's programs know equal devices only.)
+No partition is better than the work divided among all devices to the last grain. The search begins
+with a bound just above that and loosens it until it finds something: within a bound, a state is
+only looked at where the devices it has used could have come that far, and the unused could do the
+rest. (PipeDream's and AlpaServe's programs know equal devices only.)
 """
 
 from __future__ import annotations
@@ -24,13 +25,24 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Kind", "Partition", "Problem", "Share", "least_memory", "solve"]
+__all__ = ["Kind", "Partition", "Problem", "Share", "ideal", "least_memory", "solve"]
 
 Floats = npt.NDArray[np.float64]
 Group = tuple[int, ...]  # how many of each kind
-COARSE = 48  # cuts in the first pass
+LOOSENING = (
+    1.02,
+    1.06,
+    1.12,
+    1.2,
+    1.35,
+    1.6,
+    2.0,
+    4.0,
+    float("inf"),
+)  # of the bound, until a partition is found
 SLACK = 1.02  # a plan this close to the best is as good: fewer devices and less latency decide
 EPSILON = 1e-9
+IMPOSSIBLE = -1e30  # stages a second
 
 
 @dataclass(frozen=True)
@@ -95,17 +107,6 @@ class Problem:
         total_need: Floats = need + peak + self.held[:, None] + self.held[None, :]
         return total_need
 
-    def only(self, cuts: Sequence[int]) -> Problem:
-        """Return the same with fewer cuts (start and end must be among them)."""
-        kept = np.array(cuts)
-        return replace(
-            self,
-            ends=self.ends[kept],
-            receive=self.receive[kept],
-            send=self.send[kept],
-            held=self.held[kept],
-        )
-
 
 @dataclass(frozen=True)
 class Share:
@@ -143,29 +144,14 @@ def solve(
             the least.
     """
     search = _Search(problem, stages, devices)
-    bound = float("inf")
-    if problem.size > 2 * COARSE:
-        coarse = _coarse(problem)
-        rough = _Search(problem.only(coarse), stages, devices).least(np.maximum, float("inf"))
-        bound = rough * (1 + EPSILON)
-    least = search.least(np.maximum, bound)
-    if not np.isfinite(least):
+    for factor in LOOSENING:
+        least = search.least(np.maximum, search.ideal * factor)
+        if np.isfinite(least):
+            break
+    else:
         return None
     shares = search.shortest(least * max(slack, 1 + EPSILON))
     return Partition(shares, max(share.seconds for share in shares))
-
-
-def _coarse(problem: Problem) -> list[int]:
-    """Take the cut with the least to carry out of each of equal stretches of time."""
-    total = np.cumsum(problem.kinds[0].seconds)
-    inner = range(1, problem.size - 1)
-    best: dict[int, int] = {}
-    for cut in inner:
-        stretch = int(total[problem.ends[cut]] / total[-1] * COARSE)
-        known = best.setdefault(stretch, cut)
-        if problem.receive[cut] + problem.send[cut] < problem.receive[known] + problem.send[known]:
-            best[stretch] = cut
-    return [0, *sorted(best.values()), problem.size - 1]
 
 
 def least_memory(problem: Problem, stages: int) -> tuple[float, int, int]:
@@ -175,14 +161,70 @@ def least_memory(problem: Problem, stages: int) -> tuple[float, int, int]:
     """
     kinds = tuple(replace(kind, memory=float("inf")) for kind in problem.kinds)
     search = _Search(replace(problem, kinds=kinds), None, stages)
-    search.seconds = [
-        np.where(problem._forward, problem.memory / kind.memory, np.inf) for kind in problem.kinds
+    search.rates = [
+        _rates(np.where(problem._forward, problem.memory / kind.memory, np.inf))
+        for kind in problem.kinds
     ]
     search.single = True
     least = search.least(np.maximum, float("inf"))
     shares = search.shortest(least * (1 + EPSILON))
     worst = max(shares, key=lambda share: share.seconds)
     return least, worst.first, worst.last
+
+
+def _rates(seconds: Floats) -> Floats:
+    """Return 1 / seconds; where a stage is impossible, so low that no group makes up for it."""
+    return np.where(np.isfinite(seconds), 1.0 / np.maximum(seconds, 1e-15), IMPOSSIBLE)
+
+
+class _Work:
+    """The least work up to each cut, and each kind's speed: what no placement can get around.
+
+    Each kind's whole model is work of 1, so a kind that takes t seconds for it has speed 1 / t.
+    Within a bottleneck, a set of devices can do at most bottleneck x the sum of its speeds; and
+    what lies between two cuts takes at least the work of the kind that it suits best.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        total = np.array([max(kind.seconds.sum(), 1e-12) for kind in problem.kinds])
+        starts = problem.ends[:-1] + 1
+        parts = [np.add.reduceat(kind.seconds, starts) for kind in problem.kinds]
+        self.parts = np.array(parts) / total[:, None]
+        self.speed = 1.0 / total
+        self.counts = np.array([kind.count for kind in problem.kinds])
+        self._known: dict[tuple[bool, ...], Floats] = {}
+
+    def until(self, devices: Sequence[int]) -> Floats:
+        """Return the least work [cuts] of what lies before each cut, on these devices alone."""
+        kinds = tuple(n > 0 for n in devices)
+        if kinds not in self._known:
+            least = self.parts[list(kinds)].min(axis=0) if any(kinds) else np.full(1, np.inf)
+            self._known[kinds] = np.concatenate([[0.0], np.cumsum(least)])
+        return self._known[kinds]
+
+    def power(self, devices: Sequence[int]) -> float:
+        """Return the sum of the devices' speeds."""
+        return float(self.speed @ np.array(devices))
+
+    def reachable(self, used: Group, bound: float) -> tuple[int, int]:
+        """Return between which cuts used devices may end, so that the rest can do the rest."""
+        size = self.parts.shape[1] + 1
+        rest = tuple(int(n) - u for n, u in zip(self.counts, used, strict=True))
+        last = np.searchsorted(
+            self.until(used), bound * self.power(used) * (1 + EPSILON) + EPSILON, "right"
+        )
+        if not any(rest):
+            return size - 1, int(last)
+        ahead = self.until(rest)
+        due = ahead[-1] - bound * self.power(rest) * (1 + EPSILON) - EPSILON
+        return max(1, int(np.searchsorted(ahead, due, "left"))), int(last)
+
+
+def ideal(problem: Problem) -> float:
+    """Return a bottleneck that no partition can be better than: no bytes, no grain, no memory."""
+    work = _Work(problem)
+    counts = [kind.count for kind in problem.kinds]
+    return float(work.until(counts)[-1]) / work.power(counts)
 
 
 class _Search:
@@ -192,15 +234,12 @@ class _Search:
         self.problem, self.stages = problem, stages
         self.counts = tuple(kind.count for kind in problem.kinds)
         self.most = min(devices or sum(self.counts), sum(self.counts))
-        self.seconds = [problem.segments(kind) for kind in problem.kinds]
+        self.rates = [_rates(problem.segments(kind)) for kind in problem.kinds]
         self.single = False  # a group is one device
         self._latency = False  # values are sums of times, not the largest
-        total = np.array([max(kind.seconds.sum(), 1e-12) for kind in problem.kinds])
-        # The least work that reaching a cut takes, each kind's whole model being 1 / speed: a set
-        # of devices with speeds y can't have done more than bottleneck x sum(y).
-        work = np.min([k.seconds / t for k, t in zip(problem.kinds, total, strict=True)], axis=0)
-        self.work = np.concatenate([[0.0], np.cumsum(work)])[problem.ends + 1]
-        self.speed = 1.0 / total
+        self.work = _Work(problem)
+        self.ideal = ideal(problem)
+        self._windows: dict[tuple[Group, float], tuple[int, int]] = {}
 
     def groups(self) -> list[Group]:
         found = [
@@ -231,45 +270,60 @@ class _Search:
 
     def _fill(self, combine: Callable[..., Floats], bound: float) -> None:
         """Go through states in the order of devices used; each reaches out to larger ones."""
-        size, groups = self.problem.size, self.groups()
-        start = np.full(size, np.inf)
+        start = np.full(self.problem.size, np.inf)
         start[0] = 0.0
-        zero = (0,) * len(self.counts)
-        self.table: dict[tuple[int, Group], Floats] = {(0, zero): start}
-        order = sorted(product(*(range(n + 1) for n in self.counts)), key=sum)
-        for used in order:
-            for k in range(self.stages or 1) if self.stages else (0,):
+        self.table: dict[tuple[int, Group], Floats] = {(0, (0,) * len(self.counts)): start}
+        for used, larger in self._larger.items():
+            for k in range(self.stages) if self.stages else (0,):
                 row = self.table.get((k, used))
-                if row is None:
-                    continue
-                for group in groups:
-                    after = tuple(a + b for a, b in zip(used, group, strict=True))
-                    fits = all(a <= n for a, n in zip(after, self.counts, strict=True))
-                    if fits and sum(after) <= self.most:
-                        state = (k + 1 if self.stages else 0, after)
-                        self._reach(row, used, group, state, combine, bound)
+                if row is not None:
+                    self._reach(row, k, used, larger, combine, bound)
+
+    @cached_property
+    def _larger(self) -> dict[Group, list[tuple[Group, Group]]]:
+        """For all devices used, fewest first: the groups that are left, and what is used then."""
+        groups = self.groups()
+        found = {}
+        for used in sorted(product(*(range(n + 1) for n in self.counts)), key=sum):
+            after = ((g, tuple(a + b for a, b in zip(used, g, strict=True))) for g in groups)
+            found[used] = [
+                (g, total)
+                for g, total in after
+                if sum(total) <= self.most
+                and all(t <= n for t, n in zip(total, self.counts, strict=True))
+            ]
+        return found
 
     def _reach(
         self,
         row: Floats,
+        k: int,
         used: Group,
-        group: Group,
-        state: tuple[int, Group],
+        larger: Sequence[tuple[Group, Group]],
         combine: Callable[..., Floats],
         bound: float,
     ) -> None:
-        """Put the best of one more stage on `group` into the row of `state`."""
-        (a, b), (c, d) = self._window(used, bound), self._window(state[1], bound)
-        c = max(c, a + 1)
-        if self.stages is not None and state[0] == self.stages:
-            c = max(c, self.problem.size - 1)  # the last stage ends the model
-        if a >= b or c >= d:
+        """Put the best of one more stage into the rows of all states that it leads to."""
+        a, b = self._window(used, bound)
+        there = np.nonzero(np.isfinite(row[a:b]))[0]
+        if not len(there):
             return
-        seconds = self._group_seconds(group, slice(a, b), slice(c, d))
-        values = combine(row[a:b, None], self._cost(seconds, group))
-        best = np.where(seconds <= bound, values, np.inf).min(axis=0)
-        target = self.table.setdefault(state, np.full(self.problem.size, np.inf))
-        np.minimum(target[c:d], best, out=target[c:d])
+        a, b = a + int(there[0]), a + int(there[-1]) + 1
+        values = row[a:b, None]
+        ends = self.stages is not None and k + 1 == self.stages  # the last stage ends the model
+        for group, after in larger:
+            c, d = self._window(after, bound)
+            c = max(c, a + 1, self.problem.size - 1 if ends else 0)
+            if c >= d:
+                continue
+            seconds = self._group_seconds(group, slice(a, b), slice(c, d))
+            reached = combine(values, self._cost(seconds, group))
+            best = np.where(seconds <= bound, reached, np.inf).min(axis=0)
+            state = (k + 1 if self.stages else 0, after)
+            target = self.table.get(state)
+            if target is None:
+                target = self.table[state] = np.full(self.problem.size, np.inf)
+            np.minimum(target[c:d], best, out=target[c:d])
 
     def _cost(self, seconds: Floats, group: Group) -> Floats:
         """Return what a micro-batch spends in the stage, while its other devices work on others."""
@@ -277,29 +331,30 @@ class _Search:
 
     def _window(self, used: Group, bound: float) -> tuple[int, int]:
         """Return the cuts that a state may stand at if no stage is slower than the bound."""
+        known = self._windows.get((used, bound))
+        if known is None:
+            known = self._windows[used, bound] = self._reachable(used, bound)
+        return known
+
+    def _reachable(self, used: Group, bound: float) -> tuple[int, int]:
         size = self.problem.size
         if not any(used):
             return 0, 1
         if not np.isfinite(bound) or self.single:
             return 1, size
-        mine = sum(n * s for n, s in zip(used, self.speed, strict=True))
-        left = [n - u for n, u in zip(self.counts, used, strict=True)]
-        rest = sum(n * s for n, s in zip(left, self.speed, strict=True))
-        done = bound * mine * (1 + EPSILON) + EPSILON
-        due = self.work[-1] - bound * rest * (1 + EPSILON) - EPSILON
-        first = int(np.searchsorted(self.work, due, "left"))
-        return max(1, first), int(np.searchsorted(self.work, done, "right"))
+        return self.work.reachable(used, bound)
 
     def _group_seconds(self, group: Group, rows: slice, columns: slice) -> Floats:
         """Return seconds between micro-batches of a stage on a group: rates add."""
-        parts = [(n, self.seconds[kind][rows, columns]) for kind, n in enumerate(group) if n]
-        if len(parts) == 1:
-            n, seconds = parts[0]
-            return seconds / n
-        rate = sum(n / np.maximum(seconds, 1e-15) for n, seconds in parts)
-        slowest = np.maximum.reduce([seconds for _, seconds in parts])
+        rate: Floats | None = None
+        for kind, n in enumerate(group):
+            if n:
+                part = self.rates[kind][rows, columns]
+                part = part * n if n > 1 else part
+                rate = part if rate is None else rate + part
+        assert rate is not None  # noqa: S101 - a group has a device
         with np.errstate(divide="ignore"):
-            return np.where(np.isfinite(slowest), 1.0 / rate, np.inf)
+            return np.where(rate > 0, 1.0 / rate, np.inf)
 
     def _walk(self, state: tuple[int, Group], bound: float) -> tuple[Share, ...]:
         """Go back from the end: find a stage and a state before it that give the value here."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import Codec, Dtype
-from streaminfer.planning.partitioner import Kind, Partition, Problem, least_memory, solve
+from streaminfer.planning.partitioner import (
+    Kind,
+    Partition,
+    Problem,
+    ideal,
+    least_memory,
+    solve,
+)
 from streaminfer.planning.predict import Candidate, Machine, PlacedStage, predict
 from streaminfer.planning.profile import DeviceProfile, Link, Profile
 
 __all__ = ["Answer", "Edge", "Pool", "Request", "plan"]
 
 CLOSE = 0.98  # of the best throughput: as good, so that fewer devices and less latency decide
+MANY = 100  # states of devices used, from which on only the best number of stages is looked at
 MOST_STAGES = 4  # beyond the best, each number of stages up to this is looked at
 NAMES = {1: ("all",), 2: ("stem", "head"), 3: ("stem", "trunk", "head")}
 BUFFERS = 2  # micro-batches held at a stage's door while it computes
@@ -102,20 +111,37 @@ def _candidates(profile: Profile, request: Request) -> Iterator[Candidate]:
         raise ConfigError(
             f"batch {request.batch} was not profiled", where="--batch", hint=f"profiled: {known}"
         )
+    problems = {batch: _problem(profile, request, request.pools, batch) for batch in sizes}
+    # No batch size whose work, ideally divided, is slower than what was found can be the best one.
+    bounds = {batch: batch / ideal(problem) for batch, problem in problems.items()}
+    most = 0.0
+    for batch in sorted(sizes, key=lambda b: -bounds[b]):
+        if request.slo_p99 is None and bounds[batch] < CLOSE * most:
+            continue
+        for candidate in _of_batch(problems[batch], profile, request, batch):
+            if request.stages in (None, len(candidate.stages)):
+                most = max(most, candidate.throughput)
+            yield candidate
+
+
+def _of_batch(
+    problem: Problem, profile: Profile, request: Request, batch: int
+) -> Iterator[Candidate]:
+    """Yield the best partition, the best of each small number of stages, and one device alone."""
     total = sum(len(pool.names) for pool in request.pools)
-    for batch in sizes:
-        problem = _problem(profile, request, request.pools, batch)
-        seen: set[object] = set()
-        counts = [None, *range(1, min(total, MOST_STAGES) + 1)]
-        if request.stages and request.stages not in counts:
-            counts.append(request.stages)
-        limits: list[tuple[int | None, int | None]] = [(stages, None) for stages in counts]
-        for stages, devices in [*limits, (1, 1)]:
-            found = solve(problem, stages=stages, devices=devices)
-            if found and found.stages not in seen:
-                seen.add(found.stages)
-                yield _candidate(found, problem, request.pools, profile, request, batch)
-        yield from _wide(profile, request, batch)
+    states = math.prod(len(pool.names) + 1 for pool in request.pools)
+    few = range(1, min(total, MOST_STAGES) + 1) if states <= MANY else (1,)
+    counts = [None, *few]
+    if request.stages and request.stages not in counts:
+        counts.append(request.stages)
+    seen: set[object] = set()
+    limits: list[tuple[int | None, int | None]] = [(stages, None) for stages in counts]
+    for stages, devices in [*limits, (1, 1)]:
+        found = solve(problem, stages=stages, devices=devices)
+        if found and found.stages not in seen:
+            seen.add(found.stages)
+            yield _candidate(found, problem, request.pools, profile, request, batch)
+    yield from _wide(profile, request, batch)
 
 
 def _wide(profile: Profile, request: Request, batch: int) -> Iterator[Candidate]:
@@ -289,11 +315,6 @@ def _no_such_split(profile: Profile, request: Request) -> ConfigError:
         "behind a layer, and the memory allows none of their combinations",
         where="--stages",
     )
-
-
-def shift(request: Request, edges: Mapping[int, Edge]) -> Request:
-    """Return the request with these edges at these positions."""
-    return replace(request, edges=dict(edges))
 
 
 def _ms(seconds: float) -> str:

@@ -35,9 +35,9 @@ from streaminfer.planning.timing import (
     measure,
     threads_set,
 )
-from streaminfer.spec import PipelineSpec, StageSpec
+from streaminfer.spec import ModelSpec, PipelineSpec, StageSpec
 
-__all__ = ["BATCHES", "Captured", "Place", "capture_model", "places", "profile"]
+__all__ = ["BATCHES", "Captured", "Place", "capture_model", "example_tensors", "places", "profile"]
 
 BATCHES = (1, 2, 4, 8, 16)
 LONGEST = 1.0  # seconds of one pass beyond which no larger batch is tried
@@ -128,9 +128,14 @@ def capture_model(spec: PipelineSpec, *, random_weights: bool = False) -> Captur
     whole = spec.model_copy(update={"stages": (StageSpec(name="all"),), "edges": {}})
     return Captured(
         spec,
-        Cutter(capture(model, (example_batch(spec.model),))),
+        Cutter(capture(model, tuple(example_tensors(spec.model)))),
         source_key(whole, random_weights),
     )
+
+
+def example_tensors(model: ModelSpec, rows: int = 2) -> list[torch.Tensor]:
+    """Return seeded input of a model, a tensor [rows, …] for each of its inputs, in order."""
+    return [example_batch(model, rows)]
 
 
 def profile(
@@ -197,14 +202,14 @@ def _fresh(captured: Captured, place: Place, batches: Sequence[int], say: Say) -
             say(f"{place.names[0]} batch {batch}", k, len(batches))
             if timings and (batch * peak > SHARE * memory or _too_long(timings[-1], batch)):
                 break
-            inputs = [example_batch(model, batch).to(place.device)]
+            inputs = [tensor.to(place.device) for tensor in example_tensors(model, batch)]
             try:
                 timings.append(measure(runner, whole, inputs))
             except torch.OutOfMemoryError:
                 break
         say("encodings", len(batches), len(batches))
-        sample = example_batch(model, min(4, max(t.batch for t in timings)))
-        encoded = encodings(Runner(graph, torch.device("cpu")), cutter, _points(cutter), [sample])
+        sample = example_tensors(model, min(4, max(t.batch for t in timings)))
+        encoded = encodings(Runner(graph, torch.device("cpu")), cutter, _points(cutter), sample)
     device = DeviceProfile(
         device=place.names[0],
         hardware=place.hardware,

@@ -67,12 +67,18 @@ def subject(text: str, kwargs: str = "{}", example: str = "") -> Subject:
             where="MODEL|PIPELINE",
             hint="pipeline.yaml, torchvision.models:resnet50, or path/to/model.py:build",
         )
-    document = _document(text, _options(kwargs), _one(parse_examples(example)))
+    document = _document(text, _options(kwargs), parse_examples(example))
     try:
         spec = PipelineSpec.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"][:2]))
+        if place == "model.example":
+            raise ConfigError(
+                f"{example!r} is not what a model takes in this version: {first['msg']}",
+                where="--example",
+                hint="one float32 input: 3x224x224",
+            ) from None
         raise ConfigError(first["msg"], where=place or "MODEL") from None
     return Subject(spec, document, Path())
 
@@ -96,20 +102,17 @@ def parse_examples(text: str) -> tuple[Example, ...]:
     return tuple(found)
 
 
-def _one(examples: tuple[Example, ...]) -> Example:
-    """Return the only input, a float one: what a pipeline's model takes in this version."""
+def _declared(examples: tuple[Example, ...]) -> list[Any]:
+    """Return `model.example`: the shape of the one float input, or each input with its dtype."""
     if not examples:
         raise ConfigError(
             "no example input: its shape says what the model takes",
             where="--example",
             hint=f"--example 3x{IMAGENET}x{IMAGENET} for images",
         )
-    if len(examples) > 1 or examples[0].dtype != "float32":
-        named = ", ".join(f"{list(e.shape)} {e.dtype}" for e in examples)
-        raise ConfigError(
-            f"{named}: this version plans models with one float32 input", where="--example"
-        )
-    return examples[0]
+    if examples == (Example(examples[0].shape),):
+        return list(examples[0].shape)
+    return [{"shape": list(e.shape), "dtype": e.dtype} for e in examples]
 
 
 def _options(kwargs: str) -> dict[str, Any]:
@@ -126,12 +129,15 @@ def _options(kwargs: str) -> dict[str, Any]:
     return options
 
 
-def _document(factory: str, kwargs: Mapping[str, Any], example: Example) -> dict[str, Any]:
-    model: dict[str, Any] = {"factory": factory, "example": list(example.shape)}
+def _document(
+    factory: str, kwargs: Mapping[str, Any], examples: tuple[Example, ...]
+) -> dict[str, Any]:
+    model: dict[str, Any] = {"factory": factory, "example": _declared(examples)}
     if kwargs:
         model["kwargs"] = dict(kwargs)
-    shape, image = example.shape, False
-    if len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
+    shape, image = examples[0].shape, False
+    alone = examples == (Example(shape),)
+    if alone and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
         image = True
         source: dict[str, Any] = {"resize": shape[1], "crop": shape[1], "channels": shape[0]}
     else:

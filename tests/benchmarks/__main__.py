@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tests.benchmarks import bounded, digits, memory, resnet50
+from tests.benchmarks import bounded, digits, memory, planning, resnet50
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, update
 
@@ -27,6 +27,9 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (digits.measure, {digits.CHAIN: "≥ 0.5"}),
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
+    (planning.plan_time, {planning.TIME: "≤ 5"}),
+    (planning.brute, {planning.BRUTE: "≤ 1.05"}),
+    (planning.equal, dict.fromkeys(planning.EQUAL.values(), "≥ 1.0") | {planning.WINS: "≥ 3"}),
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
 )
 NAMES = [name for _, goals in MEASURES for name in goals]

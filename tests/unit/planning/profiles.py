@@ -59,7 +59,7 @@ def made(
         input_bytes=0,
         output_bytes=0,
         devices=tuple(_device(name, speed, ms, batches) for name, speed in devices),
-        encodings=tuple(half),  # type: ignore[arg-type]
+        encodings=tuple(half),
     )
 
 
