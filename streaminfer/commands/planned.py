@@ -153,7 +153,6 @@ def _stages(best: Candidate) -> Table:
 def _others(outcome: Outcome) -> Table:
     tried = bool(outcome.measured)
     table = Table(title="candidates", **LOOK)
-    table.add_column("")
     table.add_column("form", no_wrap=True)
     table.add_column("cut behind", overflow="ellipsis", no_wrap=True, max_width=14)
     names = ["batch", "predicted/s", "p50/p99 ms"]
@@ -163,8 +162,7 @@ def _others(outcome: Outcome) -> Table:
     for place, candidate in enumerate(outcome.candidates):
         measured = outcome.measured.get(place)
         row = [
-            "→" if place == 0 else "",
-            candidate.form,
+            ("→ " if place == 0 else "  ") + candidate.form,
             ", ".join(s.until for s in candidate.stages if s.until) or "-",
             str(candidate.batch),
             f"{candidate.throughput:,.1f}",

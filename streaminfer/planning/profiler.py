@@ -95,12 +95,6 @@ def places(names: Sequence[str]) -> list[Place]:
             raise ConfigError(
                 f"{name} is named {count} times", where="--devices", hint="one worker each"
             )
-    if counts["cpu"] > cores():
-        raise ConfigError(
-            f"{counts['cpu']} CPU workers for {cores()} cores",
-            where="--devices",
-            hint="at most one each",
-        )
     found: dict[tuple[str, int], list[str]] = {}
     for name in wanted:
         threads = max(1, cores() // counts["cpu"]) if name == "cpu" else 1

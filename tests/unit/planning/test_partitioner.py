@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from streaminfer.planning.partitioner import Kind, Problem, least_memory, solve
 from tests.unit.planning.problems import best_by_trial, chain, problems
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_nothing_is_better_than_what_it_finds(problem: Problem) -> None:
     most = sum(kind.count for kind in problem.kinds)
@@ -27,7 +27,7 @@ def test_nothing_is_better_than_what_it_finds(problem: Problem) -> None:
     assert (free.bottleneck if free else math.inf) <= best * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_what_it_finds_is_a_plan(problem: Problem) -> None:
     found = solve(problem)
