@@ -42,7 +42,8 @@ def problems(draw: st.DrawFn) -> Problem:
     number = st.floats(0.01, 10.0)
     several = st.lists(number, min_size=n, max_size=n)
     counts = draw(st.sampled_from([(1,), (2,), (3,), (1, 1), (2, 1), (1, 2)]))
-    weights = draw(several)
+    sizes = st.integers(1, 1000).map(float)  # bytes are whole: sums of them are exact
+    weights = draw(st.lists(sizes, min_size=n, max_size=n))
     caps = st.sampled_from([float("inf"), 2 * sum(weights), 0.7 * sum(weights), max(weights)])
     kinds = [
         Kind(count, np.array(draw(several)), draw(caps), draw(st.sampled_from([0.0, 0.5])))
