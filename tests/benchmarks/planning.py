@@ -163,7 +163,7 @@ async def brute(goals: Mapping[str, str | None]) -> list[Row]:
             worst = max(worst, ratio)
             told.append(f"{name} {stages}: {ratio:.4f}")
     note = "its bottleneck by the best of all cuts, a device for each stage; " + ", ".join(told)
-    return [Row(BRUTE, worst, "x", goals[BRUTE], note)]
+    return [Row(BRUTE, float(worst), "x", goals[BRUTE], note)]
 
 
 def _problem(found: Profile, batch: int) -> Problem:
