@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from streaminfer import cli_planning
 from streaminfer.errors import ConfigError, StreaminferError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ topics = typer.Typer(no_args_is_help=True, help="Create and check the topics of 
 config = typer.Typer(no_args_is_help=True, help="See what a pipeline file amounts to.")
 app.add_typer(topics, name="topics")
 app.add_typer(config, name="config")
+cli_planning.register(app)
 
 Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE", help="The pipeline file (YAML).")]
 Kafka = Annotated[

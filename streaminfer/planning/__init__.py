@@ -1,7 +1,11 @@
-"""BEFORE: a pipeline file becomes a plan directory, proven and predicted.
+"""BEFORE: measure, cut, place, predict, build, prove.
 
 Never imports runtime, and of transport the pure assignor alone.
 
+subject.py   what is planned           profiler.py + timing.py  model and devices → profile.py
+codecs.py    what travels as what      partitioner.py           exact search over cuts and devices
+predict.py   throughput, latency       planner.py               the best, the runners-up, and why
+placement.py → a pipeline file         report.py + drawing.py   → a page with figures
 source.py   is the plan current? (no torch)      factory.py  the model the file names
 build.py    model → plan directory               verify.py   cut against whole
 cuts.py     where a model may be cut

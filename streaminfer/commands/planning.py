@@ -1,0 +1,335 @@
+"""The commands `profile` and `plan`: measure, cut, place, predict, try, write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from streaminfer.commands.asked import Asked, bound_of, caps_of, edge_of, link_of, share_of
+from streaminfer.commands.messages import files
+from streaminfer.commands.plans import warn
+from streaminfer.commands.road import KAFKA, LOCAL, hop, ingest_seconds
+from streaminfer.commands.tryout import try_out
+from streaminfer.errors import ConfigError
+from streaminfer.planning.codecs import CODECS, Drift, EdgeChoice, best_codec, choose_dtypes
+from streaminfer.planning.example import example_batch
+from streaminfer.planning.placement import pipeline_file
+from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
+from streaminfer.planning.predict import Candidate, Machine, Measured
+from streaminfer.planning.profile import Profile
+from streaminfer.planning.profiler import (
+    BATCHES,
+    Captured,
+    Place,
+    capture_model,
+    places,
+    profile,
+)
+from streaminfer.planning.report import Page
+from streaminfer.planning.subject import Subject, subject
+from streaminfer.planning.timing import Runner, available_memory, cores
+from streaminfer.runtime.postprocess import batch_of
+
+__all__ = ["Outcome", "make_plan", "make_profile", "write"]
+
+ANSWER = 1e-4  # seconds of an event loop to receive, order, publish and read back one sample
+CALIBRATION = 64  # seeded rows where no images are given
+TRIED = 4  # candidates
+BATCH = 16  # rows of calibration in one pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was planned, and all that it rests on."""
+
+    subject: Subject
+    profile: Profile
+    request: Request
+    answer: Answer
+    edges: dict[int, Edge]
+    choices: Sequence[EdgeChoice] = ()
+    drift: Drift | None = None
+    measured: dict[int, Measured] = field(default_factory=dict)  # by place in `candidates`
+    outputs: int = 0
+    random_weights: bool = False
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The best, then the others."""
+        return (self.answer.best, *self.answer.others)
+
+    def text(self, folder: Path) -> str:
+        """Return the pipeline file, for a folder."""
+        return pipeline_file(
+            self.subject,
+            self.answer.best,
+            self.edges,
+            self.answer.why,
+            folder,
+            outputs=self.outputs,
+        )
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """Give `say(what, done, total)`, which draws a bar on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("capturing the model", total=None)
+
+        def say(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield say
+
+
+def make_profile(asked: Asked, *, quiet: bool = False) -> tuple[Subject, Profile, list[Place]]:
+    """Measure a model on devices, the links and the decoding of its input."""
+    with _progress(quiet) as say:
+        known, _, found, where = _measured(asked, say)
+    return known, found, where
+
+
+def _measured(asked: Asked, say: Any) -> tuple[Subject, Captured, Profile, list[Place]]:
+    known = subject(asked.model, asked.kwargs, asked.example)
+    where = places(asked.devices)
+    link = link_of(asked)
+    captured = capture_model(known.spec, random_weights=asked.random_weights)
+    sizes = sorted({*BATCHES, asked.batch or 1})
+    wide = [_wide(place) for place in where if place.names.count("cpu") > 1]
+    found = profile(
+        captured,
+        [*where, *(w for w in wide if w.threads > 1)],
+        batches=sizes,
+        cached=not asked.fresh,
+        say=say,
+        warn=warn,
+    )
+    say("links", 1, 1)
+    links = [LOCAL, asyncio.run(hop(known.spec))]
+    links.append(asyncio.run(hop(known.spec, asked.kafka)) if asked.kafka else KAFKA)
+    if link:
+        links.append(link)
+    found = found.model_copy(
+        update={
+            "links": tuple(links),
+            "ingest": ingest_seconds(known.spec),
+            "answer": ANSWER,
+        }
+    )
+    return known, captured, found, where
+
+
+def _wide(place: Place) -> Place:
+    """One CPU worker that has all the cores, beside several that share them."""
+    return Place(("cpu",), place.hardware, cores())
+
+
+def make_plan(asked: Asked, *, quiet: bool = False) -> Outcome:
+    """Profile, cut, place, predict; choose dtypes and codecs and try if asked.
+
+    Raises:
+        ConfigError: a flag is wrong, or no plan is possible; says why.
+    """
+    slo, drop = bound_of(asked.slo), share_of(asked.max_drop)
+    edge = edge_of(asked.codec)
+    with _progress(quiet) as say:
+        known, captured, found, where = _measured(asked, say)
+        kafka = bool(known.spec.kafka.bootstrap or asked.kafka)
+        name = asked.link or ("kafka" if kafka else "memory")
+        request = Request(
+            pools=_pools(found, where, asked.memory),
+            link=found.link(name),
+            machine=Machine(cores(), known.spec.batch.wait, one_loop=name == "memory"),
+            stages=asked.stages,
+            batch=asked.batch,
+            slo_p99=slo,
+            edge=edge,
+            wide=found.devices[len(where)] if len(found.devices) > len(where) else None,
+        )
+        outcome = Outcome(
+            known,
+            found,
+            request,
+            plan(found, request),
+            {},
+            outputs=_classes(captured),
+            random_weights=asked.random_weights,
+        )
+        outcome = replace(outcome, edges=dict.fromkeys(_cuts(outcome.answer.best), edge))
+        if asked.codec == "auto":
+            say("drift of dtypes", 0, 1)
+            outcome = _with_dtypes(outcome, captured, drop, asked.calibrate)
+        if asked.tries:
+            outcome = _tried(outcome, say)
+    return outcome
+
+
+def _cuts(candidate: Candidate) -> list[int]:
+    return [stage.last for stage in candidate.stages[:-1]]
+
+
+def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str | None) -> Outcome:
+    """Choose each edge's dtype by drift, its codec by the link, and plan again with them.
+
+    Dtypes change what crossing costs and so perhaps the cut; it is planned again once.
+    """
+    runner = Runner(captured.graph, torch.device("cpu"))
+    rows = _calibration(outcome.subject, folder)
+    link = outcome.request.link
+
+    def chosen(cuts: list[int]) -> tuple[dict[int, Edge], list[EdgeChoice], Drift | None]:
+        if not cuts:
+            return {}, [], None
+        choices, together = choose_dtypes(runner, captured.cutter, cuts, rows, drop)
+        edges = {}
+        for choice in choices:
+            point = next(c for c in outcome.profile.cuts if c.position == choice.position)
+            found = {
+                codec: outcome.profile.encoding(choice.position, choice.dtype, codec)
+                for codec in CODECS
+            }
+            nbytes = outcome.answer.best.batch * point.row_bytes
+            edges[choice.position] = Edge(choice.dtype, best_codec(found, link, nbytes)[0])
+        return edges, choices, together
+
+    first, _, _ = chosen(_cuts(outcome.answer.best))
+    common = min(first.values(), key=lambda e: e.dtype == "native", default=Edge())
+    request = replace(outcome.request, edge=common, edges=first)
+    answer = plan(outcome.profile, request)
+    edges, choices, together = chosen(_cuts(answer.best))
+    request = replace(request, edges=edges)
+    why = (*answer.why, *_drift_lines(choices, edges, together, folder))
+    return replace(
+        outcome,
+        request=request,
+        answer=replace(answer, why=why),
+        edges=edges,
+        choices=choices,
+        drift=together,
+    )
+
+
+def _drift_lines(
+    choices: Sequence[EdgeChoice],
+    edges: dict[int, Edge],
+    together: Drift | None,
+    folder: str | None,
+) -> Iterator[str]:
+    if together is None:
+        return
+    source = f"images of {folder}" if folder else "rows of seeded input (--calibrate takes images)"
+    measure = "of the top-1 answers change" if together.classes else "RMS error in deviations"
+    kinds = ", ".join(
+        f"{edges[c.position].dtype}"
+        + (f" + {edges[c.position].codec}" if edges[c.position].codec != "none" else "")
+        for c in choices
+    )
+    yield (
+        f"edges as {kinds}: {together.drop:.2%} {measure}, largest error {together.max_abs:.1e}, "
+        f"on {together.samples} {source}"
+    )
+
+
+def _calibration(known: Subject, folder: str | None) -> list[torch.Tensor]:
+    if folder is None:
+        rows = example_batch(known.spec.first_model, CALIBRATION)
+    else:
+        if known.spec.input.decode != "image":
+            raise ConfigError("the pipeline takes tensors, not images", where="--calibrate")
+        rows = batch_of([value for _, value in files([folder])], known.spec.input)
+    return [rows[k : k + BATCH] for k in range(0, len(rows), BATCH)]
+
+
+def _tried(outcome: Outcome, say: Any) -> Outcome:
+    """Run the best few and rank them by what was measured."""
+    candidates = list(outcome.candidates)[:TRIED]
+    results = try_out(
+        outcome.subject,
+        candidates,
+        outcome.edges,
+        outputs=outcome.outputs,
+        random_weights=outcome.random_weights,
+        say=say,
+    )
+    by = dict(zip(map(id, candidates), results, strict=True))
+    real = [
+        replace(c, throughput=by[id(c)].throughput, p50=by[id(c)].p50, p99=by[id(c)].p99)
+        for c in candidates
+    ]
+    allowed = [
+        k
+        for k, c in enumerate(real)
+        if outcome.request.stages in (None, len(c.stages))
+        and (outcome.request.slo_p99 is None or c.p99 <= outcome.request.slo_p99)
+    ] or [0]
+    chosen = choose([real[k] for k in allowed])
+    first = next(k for k in allowed if real[k] is chosen)
+    order = [
+        first,
+        *sorted((k for k in range(len(real)) if k != first), key=lambda k: -real[k].throughput),
+    ]
+    ranked = [candidates[k] for k in order] + list(outcome.candidates)[TRIED:]
+    said = (
+        f"tried on this machine: {real[first].throughput:,.1f} samples a second measured, "
+        f"{candidates[first].throughput:,.1f} predicted"
+    )
+    why = outcome.answer.why
+    if first != 0:
+        why = (f"chosen by trial over {candidates[0].form}, which was predicted to be better",)
+    return replace(
+        outcome,
+        answer=Answer(ranked[0], tuple(ranked[1:]), (*why, said)),
+        measured={place: results[k] for place, k in enumerate(order)},
+    )
+
+
+def _pools(found: Profile, where: Sequence[Place], memory: str | None) -> tuple[Pool, ...]:
+    caps = caps_of(memory, [name for place in where for name in place.names])
+    pools = []
+    for place, device in zip(where, found.devices, strict=False):
+        share = len(place.names) if place.names[0] == "cpu" else 1  # workers of one memory
+        free = available_memory(place.device) / share
+        asked = [caps[name] for name in place.names if name in caps]
+        pools.append(Pool(device, place.names, min(asked, default=free)))
+    return tuple(pools)
+
+
+def _classes(captured: Captured) -> int:
+    """Return the classes of a model with one output [batch, classes]; 0 for raw outputs."""
+    outputs = [node.meta["val"] for node in captured.graph.outputs.values()]
+    if len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].is_floating_point():
+        return int(outputs[0].shape[1])
+    return 0
+
+
+def write(outcome: Outcome, file: Path | None, report: Path | None) -> None:
+    """Write the pipeline file and the report, where they are asked for."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(outcome.text(file.parent.resolve()), encoding="utf-8")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        page = Page(
+            title=outcome.subject.spec.pipeline,
+            profile=outcome.profile,
+            request=outcome.request,
+            answer=outcome.answer,
+            edges=outcome.edges,
+            choices=outcome.choices,
+            measured=outcome.measured,
+        )
+        report.write_text(page.html(), encoding="utf-8")

@@ -1,0 +1,155 @@
+"""What is planned: a pipeline file, or a model named by import string → a pipeline of one stage."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from streaminfer.errors import ConfigError
+from streaminfer.planning.source import file_of_factory
+from streaminfer.spec import PipelineSpec
+from streaminfer.spec.file import load
+
+__all__ = ["Example", "Subject", "parse_examples", "subject"]
+
+EXAMPLE = r"(\d+(?:x\d+)*)(?::([A-Za-z0-9_]+))?"
+IMAGENET = 224  # the side of `--example` where a model is named without one
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input of the model: the shape of a sample without the batch, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline, and the document that a planned file is made from."""
+
+    spec: PipelineSpec
+    document: Mapping[str, Any]  # as written, before environment and defaults
+    folder: Path  # where its relative paths start
+
+
+def subject(text: str, kwargs: str = "{}", example: str = "") -> Subject:
+    """Read `PIPELINE.yaml`, `package.module:factory` or `path.py:name`.
+
+    Args:
+        text: what the user named.
+        kwargs: JSON, arguments of the factory.
+        example: "3x224x224[:dtype]"; several inputs are separated by commas.
+
+    Raises:
+        ConfigError: no such file or model, or the other arguments don't fit.
+    """
+    if text.endswith((".yaml", ".yml")):
+        if example or kwargs != "{}":
+            raise ConfigError(
+                "a pipeline file names its model's arguments and example itself",
+                where="--example" if example else "--kwargs",
+                hint="leave the flag out, or name the model instead of the file",
+            )
+        path = Path(text)
+        spec = load(path)
+        return Subject(spec, yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
+    if ":" not in text:
+        raise ConfigError(
+            f"{text!r} is neither a pipeline file nor a model",
+            where="MODEL|PIPELINE",
+            hint="pipeline.yaml, torchvision.models:resnet50, or path/to/model.py:build",
+        )
+    document = _document(text, _options(kwargs), parse_examples(example))
+    try:
+        spec = PipelineSpec.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"][:2]))
+        if place == "model.example":
+            raise ConfigError(
+                f"{example!r} is not what a model takes in this version: {first['msg']}",
+                where="--example",
+                hint="one float32 input: 3x224x224",
+            ) from None
+        raise ConfigError(first["msg"], where=place or "MODEL") from None
+    return Subject(spec, document, Path())
+
+
+def parse_examples(text: str) -> tuple[Example, ...]:
+    """Read "3x224x224" or "3x224x224:float32,77:int64". Raises ConfigError."""
+    if not text:
+        return ()
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(EXAMPLE, part.strip())
+        if match is None or "0" in match[1].split("x"):
+            raise ConfigError(
+                f"{part!r} is no example input",
+                where="--example",
+                hint="sizes of one sample joined by x, and a dtype: 3x224x224 or 77:int64; "
+                "several inputs are separated by commas",
+            )
+        shape = tuple(int(n) for n in match[1].split("x"))
+        found.append(Example(shape, match[2] or "float32"))
+    return tuple(found)
+
+
+def _declared(examples: tuple[Example, ...]) -> list[Any]:
+    """Return `model.example`: the shape of the one float input, or each input with its dtype."""
+    if not examples:
+        raise ConfigError(
+            "no example input: its shape says what the model takes",
+            where="--example",
+            hint=f"--example 3x{IMAGENET}x{IMAGENET} for images",
+        )
+    if examples == (Example(examples[0].shape),):
+        return list(examples[0].shape)
+    return [{"shape": list(e.shape), "dtype": e.dtype} for e in examples]
+
+
+def _options(kwargs: str) -> dict[str, Any]:
+    try:
+        options = json.loads(kwargs)
+    except ValueError as error:
+        raise ConfigError(
+            f"no JSON: {error}", where="--kwargs", hint="'{\"weights\": null}'"
+        ) from None
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"expected a JSON object, found {type(options).__name__}", where="--kwargs"
+        )
+    return options
+
+
+def _document(
+    factory: str, kwargs: Mapping[str, Any], examples: tuple[Example, ...]
+) -> dict[str, Any]:
+    model: dict[str, Any] = {"factory": factory, "example": _declared(examples)}
+    if kwargs:
+        model["kwargs"] = dict(kwargs)
+    shape, image = examples[0].shape, False
+    alone = examples == (Example(shape),)
+    if alone and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
+        image = True
+        source: dict[str, Any] = {"resize": shape[1], "crop": shape[1], "channels": shape[0]}
+    else:
+        source = {"decode": "tensor"}
+    if image and shape == (3, IMAGENET, IMAGENET):
+        source |= {"resize": 256}
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", factory.rpartition(":")[2]).strip("-")
+    if file_of_factory(factory) and name in ("build", "make", "model", "Model", "create"):
+        name = Path(factory.rpartition(":")[0]).stem
+    return {
+        "pipeline": name[:64] or "model",
+        "model": model,
+        "input": source,
+        "stages": [{"name": "all"}],
+    }

@@ -1,0 +1,102 @@
+"""If these fail, plans rest on times, bytes or memory that are not the model's, or are stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streaminfer.errors import ConfigError
+from streaminfer.parallel.capture import capture
+from streaminfer.planning import profiler
+from streaminfer.planning.profiler import Captured, Place, capture_model, places, profile
+from streaminfer.planning.subject import subject
+from streaminfer.planning.timing import Runner, cores
+from tests.models import MODELS, make
+
+MODEL = """
+from torch import nn
+
+def build(width=8):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(width * 49, 5),
+    )
+"""
+CPU = Place(("cpu",), "some", 1)
+
+
+@pytest.fixture
+def captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Captured:
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(MODEL)
+    return capture_model(subject("model.py:build", "{}", "3x16x16").spec)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nodes_run_one_by_one_give_what_the_model_gives(name: str) -> None:
+    model, rows = make(name), MODELS[name].rows(3)
+    with torch.inference_mode():
+        whole = model(rows)
+    first = whole["tags"] if isinstance(whole, dict) else whole
+    found = Runner(capture(model, (rows,)), torch.device("cpu")).run([rows])
+    torch.testing.assert_close(next(iter(found.values())), first)  # fused attention is near only
+
+
+def test_the_figures_are_the_models(captured: Captured) -> None:
+    found = profile(captured, [CPU], batches=(1, 2), cached=False)
+    (device,) = found.devices
+    assert [t.batch for t in device.timings] == [1, 2]
+    assert all(sum(t.seconds) == pytest.approx(t.whole) for t in device.timings)
+    assert found.weight_bytes == sum(t.nbytes for t in captured.graph.tensors.values())
+    assert [cut.layer for cut in found.cuts] == ["0", "1", "2", "3", "4"]
+    assert found.cuts[0].row_bytes == 8 * 16 * 16 * 4
+    assert (found.input_bytes, found.output_bytes) == (3 * 16 * 16 * 4, 5 * 4)
+    assert found.nodes[0].peak_bytes == (3 + 8) * 16 * 16 * 4  # the input and the first output
+    assert found.encoding(found.cuts[0].position, "float16", "none").ratio == 0.5
+
+
+def test_it_is_measured_once(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "BUSY", float("inf"))
+    said: list[str] = []
+    first = profile(captured, [CPU], batches=(1,), say=lambda what, *_: said.append(what))
+    assert said
+    said.clear()
+    assert profile(captured, [CPU], batches=(1,), say=lambda what, *_: said.append(what)) == first
+    assert not said
+    other = Place(("cpu",), "some", 2)  # another number of threads is another profile
+    profile(captured, [other], batches=(1,), say=lambda what, *_: said.append(what))
+    assert said
+
+
+def test_another_model_is_measured_anew(captured: Captured) -> None:
+    same = capture_model(captured.spec)
+    assert same.key == captured.key
+    Path("model.py").write_text(MODEL.replace("width=8", "width=9"))
+    assert capture_model(captured.spec).key != captured.key
+
+
+def test_a_busy_machine_is_said_and_not_kept(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler, "BUSY", -1.0)
+    warned: list[str] = []
+    profile(captured, [CPU], batches=(1,), warn=warned.append)
+    assert "busy" in warned[0]
+    assert not list(Path().glob(".streaminfer/profiles/*"))
+
+
+def test_devices_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ConfigError, match="no device 'cuda:93' on this machine; it has: cpu"):
+        places(["cpu", "cuda:93"])
+
+
+def test_cpu_workers_share_the_cores() -> None:
+    (one,) = places(["cpu"])
+    assert (one.names, one.threads) == (("cpu",), cores())
+    if cores() > 1:
+        (two,) = places(["cpu", "cpu"])
+        assert (two.names, two.threads) == (("cpu", "cpu"), cores() // 2)
+    (many,) = places(["cpu"] * (2 * cores()))
+    assert many.threads == 1
