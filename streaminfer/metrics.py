@@ -119,7 +119,9 @@ class Metrics:
         self.paused = self._gauge("stage_paused", "1 while the window holds the input", stage)
         self.ready = self._gauge("stage_ready", "1 while this worker can take work", stage)
         self.share_weight = self._gauge(
-            "stage_share_weight", "Weight by which this replica gets its share of the partitions", (*stage, "replica")
+            "stage_share_weight",
+            "Weight by which this replica gets its share of the partitions",
+            (*stage, "replica"),
         )
         self.last_success = self._gauge(
             "stage_last_success_timestamp_seconds", "When a commit last went through", stage
@@ -146,7 +148,9 @@ class Metrics:
             "gather_partial_samples", "Samples that went on without some of their branches", stage
         )
         self.missing = self._counter(
-            "gather_missing_samples", "Samples that this part did not come for in time", (*stage, "part")
+            "gather_missing_samples",
+            "Samples that this part did not come for in time",
+            (*stage, "part"),
         )
 
     def _watch_sink(self) -> None:

@@ -95,7 +95,9 @@ def _variables() -> list[Json]:
             "query": "prometheus",
         },
         _choice("pipeline", "label_values(streaminfer_stage_ready, pipeline)"),
-        _choice("stage", _labelled("label_values(streaminfer_stage_batches_total{PIPELINE}, stage)")),
+        _choice(
+            "stage", _labelled("label_values(streaminfer_stage_batches_total{PIPELINE}, stage)")
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What rings and what is shown: rules on their stories, a dashboard that is what its source says."""
+"""What rings and what is shown: rules on their stories, a dashboard as its source says."""
 
 from __future__ import annotations
 
