@@ -184,7 +184,8 @@ def pipelines(draw: st.DrawFn) -> tuple[PipelineSpec, Plan]:
                 [{"until": f"l-{s['name']}", **s} for s in draw(roads("uvw"))]
             )  # fmt: skip
             branches.append({"name": name, "model": MODEL, "stages": inner})
-        vote = {"name": "vote", "branches": branches}
+        quorum = draw(st.none() | st.integers(1, len(branches)))
+        vote = {"name": "vote", "branches": branches, "quorum": quorum}
         stages = [vote] if draw(st.booleans()) else [*stages, vote]
     paths = [p for p in _paths(stages) if p.count(".") != 1]
     first = stages[0]

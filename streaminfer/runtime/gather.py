@@ -25,6 +25,7 @@ from streaminfer.wire import Envelope
 __all__ = ["Gather", "Patience"]
 
 NOTE = 4000  # bytes of a note's spans: Kafka takes 4096 (offset.metadata.max.bytes)
+LONGEST = 10  # deadlines that a part may be busy with other partitions alone
 AGAIN = 1.0  # seconds until an overdue row whose parts still come is looked at again
 
 
@@ -66,6 +67,7 @@ class _Lane:
     done: Spans
     acked: Spans
     seen: list[int]  # highest offset that came from each part
+    heard: list[float]  # when
     rows: dict[int, _Row] = field(default_factory=dict)
 
 
@@ -90,7 +92,9 @@ class Gather(Plain):
     async def assign(self, partitions: Mapping[TopicPartition, str]) -> None:
         """Begin with the rows that the last owner noted as done."""
         for tp, note in partitions.items():
-            self._lanes[tp] = _Lane(Spans.unpack(note), Spans.unpack(note), [-1] * len(self._index))
+            parts = len(self._index)
+            done, acked = Spans.unpack(note), Spans.unpack(note)
+            self._lanes[tp] = _Lane(done, acked, [-1] * parts, [self._clock()] * parts)
         self._heard = [self._clock()] * len(self._index)
 
     async def forget(self, partitions: Collection[TopicPartition]) -> None:
@@ -148,8 +152,11 @@ class Gather(Plain):
 
     def _is_lost(self, lane: _Lane, offset: int, row: _Row, now: float) -> bool:
         """Tell whether no missing part will come: each is past the row, or silent."""
+        deadline = self._patience.deadline
         return all(
-            lane.seen[k] > offset or now - self._heard[k] >= self._patience.deadline
+            lane.seen[k] > offset
+            or now - self._heard[k] >= deadline
+            or now - max(lane.heard[k], row.born) >= LONGEST * deadline
             for k, piece in enumerate(row.pieces)
             if piece is None
         )
@@ -157,7 +164,7 @@ class Gather(Plain):
     def _hold(self, lane: _Lane, part: int, envelope: Envelope, arrival: _Arrival) -> list[int]:
         """Put an envelope's rows beside those of the other parts; return the complete ones."""
         now = self._clock()
-        self._heard[part] = now
+        self._heard[part] = lane.heard[part] = now
         lane.seen[part] = max(lane.seen[part], envelope.last)
         complete = []
         for at, sample in enumerate(envelope.samples):

@@ -72,6 +72,7 @@ class Graph(Plain):
         except BaseException:
             for task in running.values():
                 task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
             raise
         # a row that failed inside a fan is in its gather's outcomes
         outcomes = [e for s, r in zip(self._stages, done, strict=True) if self._speaks(s)

@@ -6,6 +6,7 @@ The semantics that both carriers share are in `test_transport.py`.
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from streaminfer.errors import NotOwner, RecordTooLarge, TopicError, TransportError
+from streaminfer.runtime.gather import NOTE
+from streaminfer.runtime.spans import Spans
 from streaminfer.transport.base import Commit, Outgoing, Position, TopicPartition
 from streaminfer.transport.kafka import KafkaSettings, KafkaTransport
 from tests.conftest import a_broker
@@ -91,6 +94,21 @@ async def test_larger_images_pass_where_the_topic_takes_them(kafka_address: str)
     async with kafka.producer() as producer:
         await (await producer.send(Outgoing(topic, bytes(4_000_000))))
     assert [record.nbytes for record in await read_all(kafka, topic, 1)] == [4_000_000]
+
+
+async def test_the_longest_note_of_a_gather_is_taken_and_comes_back(kafka: KafkaTransport) -> None:
+    """A commit that the broker refuses for its metadata is refused for ever: all is read again."""
+    spans, dice = Spans(), random.Random(3)
+    at = 10**15
+    for _ in range(5000):
+        at += 2 + dice.getrandbits(30)
+        spans.add(at, at := at + dice.getrandbits(30))
+    note = spans.pack(NOTE)
+    assert len(note) > NOTE * 0.9
+    tp = TopicPartition(await make(kafka, 1), 0)
+    async with kafka.admin() as admin:
+        await admin.commit(f"g-{tp.topic}", {tp: Commit(0, note)})
+        assert (await admin.committed(f"g-{tp.topic}", [tp]))[tp] == Commit(0, note)
 
 
 async def test_configuring_one_entry_keeps_the_others(kafka: KafkaTransport) -> None:

@@ -1,4 +1,4 @@
-"""What an operator loses: a dashboard that names series which no worker has, or hides one."""
+"""What rings and what is shown: rules on their stories, a dashboard as its source says."""
 
 from __future__ import annotations
 
