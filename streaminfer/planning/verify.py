@@ -26,7 +26,10 @@ ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 6
 # (ResNet-50 with random weights) standard deviations of the outputs. 32 leaves room for worse.
 HEADROOM = 32
-SUMS = 1e-6  # of the largest output: parts of a stage are summed in another order than the whole
+# Of the largest output: parts of a stage are summed in another order than the whole, by other
+# kernels. Measured, ResNet-50 at 448 pixels: 3e-6 in tiles up to layer2, and 2e-6 between the whole
+# on one thread and on two.
+SUMS = 1e-5
 SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at other batch sizes
 
 
@@ -62,7 +65,7 @@ def verify(
     """Compare the stages of a plan directory with the whole model, on the CPU.
 
     Native edges must give the same bits at the same batch size and number of threads; where a
-    stage is split, within 1e-6 of the largest output. An edge of 16 bits rounds what crosses it;
+    stage is split, within 1e-5 of the largest output. An edge of 16 bits rounds what crosses it;
     the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
     for float16, 2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
 
