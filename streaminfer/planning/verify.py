@@ -26,10 +26,10 @@ ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 6
 # (ResNet-50 with random weights) standard deviations of the outputs. 32 leaves room for worse.
 HEADROOM = 32
-# Parts of a stage are summed in another order than the whole. Measured: the difference is that of
-# the whole from the same model in float64, 2e-7 to 5e-7 of the outputs' norm.
-SUMS = 1e-6  # of the outputs' Euclidean norm
-FAR = 1e-5  # of the largest output, for any one value
+# Of the largest output: parts of a stage are summed in another order than the whole, by other
+# kernels. Measured, ResNet-50 at 448 pixels: 3e-6 in tiles up to layer2, and 2e-6 between the whole
+# on one thread and on two.
+SUMS = 1e-5
 SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at other batch sizes
 
 
@@ -65,9 +65,9 @@ def verify(
     """Compare the stages of a plan directory with the whole model, on the CPU.
 
     Native edges must give the same bits at the same batch size and number of threads; where a
-    stage is split, within 1e-6 of the outputs' Euclidean norm. An edge of 16 bits rounds what
-    crosses it; the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹ for float16,
-    2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
+    stage is split, within 1e-5 of the largest output. An edge of 16 bits rounds what crosses it;
+    the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
+    for float16, 2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
 
     Args:
         spec: the pipeline file.
@@ -192,7 +192,7 @@ class _Tally:
     def __init__(self) -> None:
         self.equal, self.equal_uncast, self.rows_independent = True, True, True
         self.max_abs, self.max_rel, self.deviation = 0.0, 0.0, 0.0
-        self.max_uncast, self.largest, self.norm_rel = 0.0, 0.0, 0.0
+        self.max_uncast, self.largest = 0.0, 0.0
         self.samples, self.ranked, self.agreed = 0, 0, 0
 
     def add(self, whole: Sequence[torch.Tensor], cut: Sequence[torch.Tensor]) -> None:
@@ -213,7 +213,6 @@ class _Tally:
         for a, b in zip(whole, cut, strict=True):
             self.largest = max(self.largest, float(a.double().abs().nan_to_num(0, 0, 0).max()))
             self.max_uncast = max(self.max_uncast, _gap(a, b))
-            self.norm_rel = max(self.norm_rel, _distance(a, b))
 
     def check_rows(self, model: Whole, batch: Inputs, whole: Sequence[torch.Tensor]) -> None:
         """Compare the last row of a batch with that row alone: workers merge and split batches."""
@@ -232,13 +231,6 @@ def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.where(same, 0.0, gap).nan_to_num(nan=torch.inf).max()) if a.numel() else 0.0
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the Euclidean distance by the norm of `a`, over what is finite in both."""
-    finite = a.isfinite() & b.isfinite()
-    one, other = a.double()[finite], b.double()[finite]
-    return float((one - other).norm() / one.norm().clamp(min=1e-30)) if one.numel() else 0.0
-
-
 def _deviation(a: torch.Tensor) -> float:
     finite = a.double()[a.isfinite()]
     if not finite.numel():
@@ -249,13 +241,10 @@ def _deviation(a: torch.Tensor) -> float:
 def _report(plan: Plan, tally: _Tally, batch_sizes: Sequence[int]) -> VerifyReport:
     rounding = sum(ROUNDING[stage.edge.dtype] for stage in plan.stages if stage.sources)
     split = any(s.kind == "gather" for s in plan.stages)
-    sums = FAR * tally.largest if split else 0.0
+    sums = SUMS * tally.largest if split else 0.0
     tolerance = HEADROOM * rounding * tally.deviation + sums
     return VerifyReport(
-        holds=tally.max_uncast <= sums
-        and tally.norm_rel <= (SUMS if split else 0.0)
-        and tally.max_abs <= tolerance
-        and tally.rows_independent,
+        holds=tally.max_uncast <= sums and tally.max_abs <= tolerance and tally.rows_independent,
         equal=tally.equal,
         equal_uncast=tally.equal_uncast,
         max_abs=tally.max_abs,

@@ -76,7 +76,7 @@ class Form:
     def report(self) -> VerifyReport:
         """What `streaminfer verify` says of it."""
         spec, where, _ = self._planned
-        sizes = (1, 2) if self.random_weights else (1, 3, 8)
+        sizes = (2,) if self.random_weights else (1, 3, 8)
         return verify(spec, where, batch_sizes=sizes)
 
     @property

@@ -181,10 +181,15 @@ def test_every_form_of_the_readme_has_a_file() -> None:
     for file in FILES:
         first = file.read_text().split("\npipeline:")[0]
         assert all(line.startswith("#") for line in first.splitlines())
-        assert file.name == "pipeline.yaml" or "When: " in first, f"{file}: when to use it"
+        assert "When:" in first, f"{file}: when to use it"
+    readme = (STAGES / "README.md").read_text()
+    assert all(f"]({file.parent.name}/{file.name})" in readme for file in FILES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if f in LARGE else ()) for n, (f, _) in NAMES.items()],
+)
 @pytest.mark.timeout(300)
 def test_verify_holds(forms: dict[str, Form], name: str) -> None:
     assert forms[name].report.holds, forms[name].report
@@ -213,6 +218,11 @@ async def test_the_workers_of_a_hybrid_are_processes(
         async with Client(kafka_address, pipeline=form.file) as client:
             form.check(await answered(client, form.images))
         assert await run.stop() == 0, run.text
+
+
+def test_votes_of_tiles_are_scored_by_their_share(forms: dict[str, Form]) -> None:
+    scores = forms["digits/tiles-vote.yaml"].whole.softmax(1)
+    assert set(scores.flatten().tolist()) == {0.0, 0.5, 1.0}
 
 
 def test_an_exit_of_these_tests_lets_some_leave_and_some_stay(forms: dict[str, Form]) -> None:

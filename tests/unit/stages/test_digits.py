@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from stages.digits import train
 from stages.digits.images import pixels, scans
 from stages.digits.model import build
+from streaminfer.planning.example import Inputs
+from streaminfer.planning.reference import reference
 from streaminfer.runtime.decode import decode_image
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
@@ -49,6 +52,47 @@ def test_the_stated_accuracy_is_had_from_the_files(network: nn.Module, decoded: 
     assert stated["accuracy"] >= 0.985
     share = train.accuracy(network, decoded[held_out], labels[held_out])
     assert share >= stated["accuracy"] - 1e-4  # rounded to four digits
+
+
+def test_the_others_are_as_good_as_stated(decoded: Tensor) -> None:
+    stated = json.loads((FOLDER / "train.json").read_text())["others"]
+    labels = torch.tensor([label for _, label, _ in scans()])
+    held_out = train.split(labels.numpy()).held_out
+    assert set(stated) == {"exit", *train.MEMBERS}
+    early = train.trunk(train.trained("weights"))
+    for name, share in stated.items():
+        network = train.trained(name)
+        if name == "exit":
+            network = nn.Sequential(early, network)
+        found = train.accuracy(network, decoded[held_out], labels[held_out])
+        assert found >= share - 1e-4 >= 0.95, name
+
+
+def test_the_readme_states_what_each_file_gets_right(decoded: Tensor) -> None:
+    """Its numbers are what somebody chooses a form by, the bad one too."""
+    labels = torch.tensor([label for _, label, _ in scans()])
+    held_out = train.split(labels.numpy()).held_out
+    rows = re.findall(
+        r"^\| `([\w-]+\.yaml)` .* (\S+) \|$", (FOLDER / "README.md").read_text(), re.M
+    )
+    stated = {name: float(share) for name, share in rows}
+    assert set(stated) == {file.name for file in FOLDER.glob("*.yaml")}
+    for name, share in stated.items():
+        with torch.inference_mode():
+            (logits,) = reference(load(FOLDER / name, environ={}))(Inputs((decoded[held_out],)))
+        found = float((logits.argmax(1) == labels[held_out]).float().mean())
+        assert abs(found - share) < 0.003, f"{name}: {found:.4f}"  # one scan of 360
+    vote = (FOLDER / "tiles-vote.yaml").read_text()
+    assert f"only {stated['tiles-vote.yaml']} of the held-out" in vote
+
+
+def test_most_scans_leave_at_the_exit(decoded: Tensor) -> None:
+    declared = load(FOLDER / "early-exit.yaml", environ={}).stages[0].exit
+    assert declared is not None
+    head = nn.Sequential(train.trunk(train.trained("weights")), train.trained("exit"))
+    with torch.inference_mode():
+        sure = head(decoded).softmax(1).amax(1) >= declared.threshold
+    assert 0.8 < float(sure.float().mean()) < 0.97
 
 
 def test_held_out_scans_are_not_learnt_from() -> None:
