@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from stages.digits.demo import uncut
 from stages.digits.images import scans
-from streaminfer import Client
+from streaminfer import Client, LocalPipeline
+from streaminfer.commands import plan_of
 from streaminfer.spec.file import load
 from tests.e2e.conftest import DIGITS, Bus, Run, digits_file, streaminfer
 from tests.e2e.test_replicas import published
@@ -198,3 +200,32 @@ async def test_what_fails_in_one_branch_fails_once_or_is_outvoted(
             assert answer.error is not None
             assert answer.error.stage == "vote.b"
     assert sum(map(len, offsets.values())) == len(images), "none is answered twice"
+
+
+TILED = [{"name": "u", "until": "early", "split": {"by": "tiles", "grid": [2, 1]}}, {"name": "v"}]
+HALVED = [
+    {"name": "u", "until": "stem", "split": {"by": "channels", "parts": 2}},
+    {"name": "v", "until": "down", "split": {"by": "tiles", "grid": [2, 2]}},
+    {"name": "w"},
+]
+
+
+@pytest.mark.parametrize("edge", [{}, {"transport": "local"}, {"dtype": "float16"}])
+async def test_branches_that_are_split_themselves_give_the_whole_s_answers(
+    folder: Path, edge: dict[str, str]
+) -> None:
+    """A branch that begins with tiles must not keep the image from the branch beside it."""
+    branches = [
+        {"name": name, "model": MODEL, "stages": stages}
+        for name, stages in (("p", TILED), ("q", HALVED), ("r", []))
+    ]
+    vote = {"name": "vote", "branches": branches}
+    spec = load(digits_file(folder, model=None, stages=[vote], edges={"default": edge}))
+    where, plan = plan_of(spec, folder / "plan", False)
+    images = scans()[:200]
+    async with LocalPipeline(spec, plan, where) as pipeline, pipeline.client() as client:
+        named = ((name, value) for name, _, value in images)
+        answers = [a async for a in client.stream(named, timeout=60)]
+    assert [a.status for a in answers] == ["ok"] * len(images)
+    whole = uncut([value for _, _, value in images]).argmax(1).tolist()
+    assert [a.top1.index for a in answers] == whole
