@@ -26,9 +26,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 KNOWN = {
     "$defs", "$id", "$ref", "$schema", "additionalProperties", "anyOf", "const", "default",
-    "description", "enum", "exclusiveMinimum", "format", "items", "maximum", "minItems",
-    "minLength", "minProperties", "minimum", "oneOf", "pattern", "properties", "required",
-    "title", "type", "writeOnly",
+    "description", "enum", "exclusiveMinimum", "format", "items", "maxItems", "maximum", "minItems",
+    "minLength", "minProperties", "minimum", "oneOf", "pattern", "prefixItems", "properties",
+    "required", "title", "type", "writeOnly",
 }  # fmt: skip
 GOOD: dict[str, Any] = {
     "pipeline": "toy",
@@ -68,8 +68,9 @@ def wrong(value: object, schema: dict[str, Any], root: dict[str, Any]) -> Iterat
     elif isinstance(value, dict):
         yield from wrong_mapping(value, schema, root)
     elif isinstance(value, list):
-        for item in value:
-            yield from wrong(item, schema.get("items", {}), root)
+        placed, others = schema.get("prefixItems", []), schema.get("items", {})
+        for at, item in enumerate(value):
+            yield from wrong(item, placed[at] if at < len(placed) else others, root)
     if not within(value, schema):
         yield f"{value!r} is out of bounds"
 
@@ -84,7 +85,10 @@ def within(value: object, schema: dict[str, Any]) -> bool:
         return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value)) and above
     if isinstance(value, dict):
         return len(value) >= int(schema.get("minProperties", 0))
-    return not isinstance(value, list) or len(value) >= schema.get("minItems", 0)
+    if not isinstance(value, list):
+        return True
+    count = len(value)
+    return bool(schema.get("minItems", 0) <= count <= schema.get("maxItems", count))
 
 
 def wrong_mapping(
@@ -141,6 +145,10 @@ def test_examples_of_several_inputs_are_good_for_both(example: object) -> None:
         {"stages": [{"name": "a", "shares": [0]}]},
         {"stages": [{"name": "a", "shares": []}]},
         {"stages": [{"until": "x"}]},
+        {"stages": [{"name": "a", "split": {"by": "tiles", "grid": [2, 2, 2]}}]},
+        {"stages": [{"name": "a", "split": {"by": "tiles", "grid": [0, 2]}}]},
+        {"stages": [{"name": "a", "split": {"by": "rows", "parts": 2}}]},
+        {"stages": [{"name": "a", "exit": {"factory": "m:f", "threshold": 2}}]},
         {"batch": {"max": 0}},
         {"batch": {"wait": "4 fortnights"}},
         {"memory": "lots"},
