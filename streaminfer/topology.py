@@ -183,8 +183,8 @@ class _Layout:
         if not stage.sources:
             return False
         before = self._plan.stage(stage.sources[0].stage)
-        if stage.kind == "scatter":
-            return True
+        if stage.kind == "scatter" and len(self._plan.consumers(before.name)) == 1:
+            return True  # else the others' topics would get nothing: a worker sends its last stage
         if stage.kind == "stage" and before.kind == "gather" and self._is_remote(before):
             return True  # the parts' outputs are what leads into it
         return not self._is_remote(stage)
