@@ -197,6 +197,7 @@ def test_every_form_of_the_readme_has_a_file() -> None:
 @pytest.mark.timeout(300)
 def test_verify_holds(forms: dict[str, Form], name: str) -> None:
     assert forms[name].report.holds, forms[name].report
+    forms[name].check_topology()
 
 
 @pytest.mark.parametrize(("name", "bus"), BUSES)
