@@ -45,7 +45,7 @@ def planned(spec: PipelineSpec, slicing: Collection[str] = (), row: int = 4) -> 
 class _Planner:
     def __init__(self, spec: PipelineSpec, slicing: Collection[str], row: int) -> None:
         self._spec, self._slicing, self._row = spec, slicing, row
-        self._cells: list[StagePlan] = []
+        self._stages: list[StagePlan] = []
 
     def plan(self) -> Plan:
         spec, *_, last = self._spec, self._spec.stages[-1]
@@ -68,7 +68,7 @@ class _Planner:
             model="m",
             model_version="1",
             input=spec.input,
-            stages=tuple(self._cells),
+            stages=tuple(self._stages),
             top_k=0,
         )
 
@@ -142,7 +142,7 @@ class _Planner:
             sources=sources,
             **more,
         )
-        self._cells.append(cell)
+        self._stages.append(cell)
         return cell
 
     def _specs(self, names: Sequence[str]) -> tuple[TensorSpec, ...]:

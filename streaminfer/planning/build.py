@@ -18,7 +18,7 @@ from streaminfer.parallel.pipeline import StageGraph
 from streaminfer.parallel.program import dump
 from streaminfer.plan import Exit, Plan, StagePlan, TensorSpec, exit_files, stage_files
 from streaminfer.planning.factory import make_model
-from streaminfer.planning.lower import Cell, lower
+from streaminfer.planning.lower import Draft, lower
 from streaminfer.planning.source import source_key
 from streaminfer.spec import PipelineSpec, did_you_mean
 
@@ -37,19 +37,19 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
     """
     key = source_key(spec, random_weights)
     base = spec.path.parent if spec.path else None
-    cells = lower(
+    drafts = lower(
         spec,
         lambda model: make_model(model, base, random_weights=random_weights, trust=spec.trust),
     )
-    logits = _logits(spec, cells[-1].graph.outputs)
+    logits = _logits(spec, drafts[-1].graph.outputs)
     classes = logits.shape[1] if logits else None
-    _same_classes(cells, classes)
+    _same_classes(drafts, classes)
     labels = _labels(spec, classes)
     with _replacing(folder) as part:
         digest, plans = hashlib.sha256(_declared(spec)), []
-        for cell in cells:
-            plan = _write(part, cell)
-            digest.update(_digest(part, cell, plan))
+        for draft in drafts:
+            plan = _write(part, draft)
+            digest.update(_digest(part, draft, plan))
             plans.append(plan)
         whole = Plan(
             pipeline=spec.pipeline,
@@ -60,7 +60,7 @@ def build(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) -> 
             input=spec.input,
             stages=tuple(plans),
             top_k=spec.output.top_k,
-            logits=logits.name if logits and len(cells[-1].graph.outputs) > 1 else "",
+            logits=logits.name if logits and len(drafts[-1].graph.outputs) > 1 else "",
             labels=labels,
             random_weights=random_weights,
         )
@@ -75,23 +75,23 @@ def _declared(spec: PipelineSpec) -> bytes:
     return json.dumps(numbers, sort_keys=True).encode()
 
 
-def _write(folder: Path, cell: Cell) -> StagePlan:
-    nbytes = _write_graph(stage_files(folder, cell.name), cell.graph)
-    if cell.exit is not None:
-        nbytes += _write_graph(exit_files(folder, cell.name), cell.exit)
+def _write(folder: Path, draft: Draft) -> StagePlan:
+    nbytes = _write_graph(stage_files(folder, draft.name), draft.graph)
+    if draft.exit is not None:
+        nbytes += _write_graph(exit_files(folder, draft.name), draft.exit)
     return StagePlan(
-        name=cell.name,
-        path=cell.path,
-        kind=cell.kind,
-        part=cell.part,
-        layers=cell.graph.layers,
-        inputs=_specs(cell.graph.inputs),
-        outputs=_specs(cell.graph.outputs),
-        sources=cell.sources,
-        gather=cell.gather,
-        pixels=cell.pixels,
-        exit=Exit(threshold=cell.threshold) if cell.exit is not None else None,
-        edge=cell.edge,
+        name=draft.name,
+        path=draft.path,
+        kind=draft.kind,
+        part=draft.part,
+        layers=draft.graph.layers,
+        inputs=_specs(draft.graph.inputs),
+        outputs=_specs(draft.graph.outputs),
+        sources=draft.sources,
+        gather=draft.gather,
+        pixels=draft.pixels,
+        exit=Exit(threshold=draft.threshold) if draft.exit is not None else None,
+        edge=draft.edge,
         weight_bytes=nbytes,
     )
 
@@ -107,24 +107,24 @@ def _specs(ports: Sequence[Port]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
 
-def _digest(folder: Path, cell: Cell, plan: StagePlan) -> bytes:
+def _digest(folder: Path, draft: Draft, plan: StagePlan) -> bytes:
     """Return what changes the numbers of one stage."""
     total = hashlib.sha256(plan.model_dump_json().encode())
     total.update(stage_files(folder, plan.name)[0].read_bytes())
-    total.update(weights.digest(cell.graph.weights).encode())
-    if cell.exit is not None:
+    total.update(weights.digest(draft.graph.weights).encode())
+    if draft.exit is not None:
         total.update(exit_files(folder, plan.name)[0].read_bytes())
-        total.update(weights.digest(cell.exit.weights).encode())
+        total.update(weights.digest(draft.exit.weights).encode())
     return total.digest()
 
 
-def _same_classes(cells: Sequence[Cell], classes: int | None) -> None:
-    for cell in cells:
-        if cell.exit is not None and (found := cell.exit.outputs[0].shape[1]) != classes:
+def _same_classes(drafts: Sequence[Draft], classes: int | None) -> None:
+    for draft in drafts:
+        if draft.exit is not None and (found := draft.exit.outputs[0].shape[1]) != classes:
             raise ConfigError(
-                f"the exit of {cell.path!r} has {found} classes, the model "
+                f"the exit of {draft.path!r} has {found} classes, the model "
                 f"{'no row of them' if classes is None else classes}",
-                where=f"stages.{cell.path}.exit",
+                where=f"stages.{draft.path}.exit",
                 hint="an exit answers in the model's place: give it the model's classes"
                 if classes is not None
                 else "an exit needs a model that gives [batch, classes]",

@@ -29,14 +29,14 @@ from streaminfer.planning.example import example_inputs
 from streaminfer.spec import ModelSpec, PipelineSpec
 from streaminfer.spec.models import ExitSpec, PartSpec, StageSpec
 
-__all__ = ["FUSES", "Cell", "exit_model", "lower"]
+__all__ = ["FUSES", "Draft", "exit_model", "lower"]
 
 Make = Callable[[ModelSpec], nn.Module]
 FUSES = ("mean", "max", "vote")
 
 
 @dataclass(frozen=True)
-class Cell:
+class Draft:
     """A stage of the plan with its graph; the fields are those of `StagePlan`."""
 
     name: str
@@ -52,19 +52,19 @@ class Cell:
     threshold: float = 1.0
 
 
-def lower(spec: PipelineSpec, make: Make) -> list[Cell]:
+def lower(spec: PipelineSpec, make: Make) -> list[Draft]:
     """Capture the models of a pipeline and lay out the stages of its plan, first to last.
 
     Raises:
         ConfigError: branches or an exit do not fit what they stand beside.
         CaptureError: a model cannot be captured, cut or split as declared.
     """
-    return _Lowering(spec, make).cells()
+    return _Lowering(spec, make).drafts()
 
 
-def _taken(graph: StageGraph, cell: Cell | None) -> tuple[Source, ...]:
-    """Say what a graph takes of the one cell before it."""
-    return (Source(stage=cell.name, tensors=_names(graph.inputs)),) if cell else ()
+def _taken(graph: StageGraph, draft: Draft | None) -> tuple[Source, ...]:
+    """Say what a graph takes of the one draft before it."""
+    return (Source(stage=draft.name, tensors=_names(graph.inputs)),) if draft else ()
 
 
 def _names(ports: Sequence[Port]) -> tuple[str, ...]:
@@ -76,27 +76,27 @@ class _Lowering:
 
     def __init__(self, spec: PipelineSpec, make: Make) -> None:
         self._spec, self._make = spec, make
-        self._cells: list[Cell] = []
+        self._drafts: list[Draft] = []
         self._image = spec.input.decode == "image"
 
-    def cells(self) -> list[Cell]:
+    def drafts(self) -> list[Draft]:
         *_, last = self._spec.stages
         layered = [stage for stage in self._spec.stages if not stage.branches]
-        before: Cell | None = None
+        before: Draft | None = None
         if self._spec.model is not None:
             stages = [(stage.name, stage) for stage in layered]
             before = self._road(self._cutter(self._spec.model), stages, None, "")
         if last.branches:
             self._ensemble(last, before)
-        return self._cells
+        return self._drafts
 
     def _cutter(self, model: ModelSpec) -> Cutter:
         given = example_inputs(model)
         return Cutter(capture(self._make(model), given.args, given.kwargs))
 
-    def _add(self, cell: Cell) -> Cell:
-        self._cells.append(cell)
-        return cell
+    def _add(self, draft: Draft) -> Draft:
+        self._drafts.append(draft)
+        return draft
 
     def _edge(self, path: str) -> Edge:
         edge = self._spec.edge(path)
@@ -108,11 +108,11 @@ class _Lowering:
         self,
         cutter: Cutter,
         stages: Sequence[tuple[str, PartSpec]],
-        before: Cell | None,
+        before: Draft | None,
         gather: str,
         *,
         pixels: bool = True,
-    ) -> Cell:
+    ) -> Draft:
         """Add the stages of one model behind `before` (None: the pipeline's input).
 
         `pixels`: what it takes is the pipeline's input. Returns the last one.
@@ -140,13 +140,13 @@ class _Lowering:
         path: str,
         stage: PartSpec,
         graph: StageGraph,
-        before: Cell | None,
+        before: Draft | None,
         gather: str,
         raw: bool,
-    ) -> Cell:
+    ) -> Draft:
         alone = before is not None and before.gather == gather and self._is_joined(before)
         return self._add(
-            Cell(
+            Draft(
                 path,
                 path,
                 graph,
@@ -159,7 +159,7 @@ class _Lowering:
             )
         )
 
-    def _is_joined(self, before: Cell) -> bool:
+    def _is_joined(self, before: Draft) -> bool:
         """Whether what follows runs in the worker of this gather, whose parts are elsewhere."""
         return before.kind == "gather" and self._spec.edge(before.path).transport == "kafka"
 
@@ -184,8 +184,8 @@ class _Lowering:
         )
 
     def _fan(
-        self, path: str, fan: Fan, before: Cell | None, gather: str, *, raw: bool, edge: Edge
-    ) -> Cell:
+        self, path: str, fan: Fan, before: Draft | None, gather: str, *, raw: bool, edge: Edge
+    ) -> Draft:
         """Add the parts of a split stage; the gather's `edge` is what their outputs take."""
         own, sliced = f"{path}.gather", fan.scatter is not None
         # a slice of channels has lost the means of the others: normalise before
@@ -194,7 +194,7 @@ class _Lowering:
             graph = fan.scatter or identity(fan.inputs())
             opens = before is not None and before.gather != gather  # a branch: others take it, too
             before = self._add(
-                Cell(
+                Draft(
                     f"{path}.scatter", path, graph, _taken(graph, before),
                     self._edge(path) if opens else Edge(),
                     kind="scatter", gather=gather, pixels=whole,
@@ -203,10 +203,12 @@ class _Lowering:
         parts = []
         for k, graph in enumerate(fan.parts):
             taken, edge_in = _taken(graph, before), self._edge(path)
-            part = Cell(f"{path}.{k}", path, graph, taken, edge_in, kind="part", part=k, gather=own)
+            part = Draft(
+                f"{path}.{k}", path, graph, taken, edge_in, kind="part", part=k, gather=own
+            )
             parts.append(self._add(replace(part, pixels=raw and not whole)))
         sources = tuple(Source(stage=p.name, tensors=_names(p.graph.outputs)) for p in parts)
-        return self._add(Cell(own, path, fan.gather, sources, edge, kind="gather", gather=gather))
+        return self._add(Draft(own, path, fan.gather, sources, edge, kind="gather", gather=gather))
 
     def _exit(self, path: str, declared: ExitSpec, graph: StageGraph, gather: str) -> StageGraph:
         where = f"stages.{path}.exit"
@@ -236,7 +238,7 @@ class _Lowering:
 
     # ---- several models ------------------------------------------------------------------------
 
-    def _ensemble(self, stage: StageSpec, before: Cell | None) -> None:
+    def _ensemble(self, stage: StageSpec, before: Draft | None) -> None:
         """Add the branches of a stage and their gather."""
         path, own = stage.name, f"{stage.name}.gather"
         cutters = [self._cutter(branch.model) for branch in stage.branches]
@@ -244,7 +246,7 @@ class _Lowering:
         pixels = before is None
         if before is None:
             root = identity(ports[0].inputs)
-            before = self._add(Cell(f"{path}.scatter", path, root, (), Edge(), kind="scatter"))
+            before = self._add(Draft(f"{path}.scatter", path, root, (), Edge(), kind="scatter"))
         ends = []
         for k, (branch, cutter, whole) in enumerate(
             zip(stage.branches, cutters, ports, strict=True)
@@ -252,18 +254,18 @@ class _Lowering:
             here = f"{path}.{branch.name}"
             _fits(here, before.graph.outputs, whole.inputs)
             alias = dict(zip(_names(whole.inputs), _names(before.graph.outputs), strict=True))
-            begin = len(self._cells)
+            begin = len(self._drafts)
             parts = [(f"{here}.{part.name}", part) for part in branch.stages]
             alone = [(here, PartSpec(name=branch.name))]
             self._road(cutter, parts or alone, before, own, pixels=pixels)
-            self._cells[begin:] = _attach(self._cells[begin:], before, alias, f"branch{k}")
-            ends.append(self._cells[-1])
+            self._drafts[begin:] = _attach(self._drafts[begin:], before, alias, f"branch{k}")
+            ends.append(self._drafts[-1])
         _alike(stage, ends)
         fused = self._fuse(stage, ends)
         sources = tuple(Source(stage=e.name, tensors=_names(e.graph.outputs)) for e in ends)
-        self._add(Cell(own, path, fused, sources, self._edge(path), kind="gather"))
+        self._add(Draft(own, path, fused, sources, self._edge(path), kind="gather"))
 
-    def _fuse(self, stage: StageSpec, ends: Sequence[Cell]) -> StageGraph:
+    def _fuse(self, stage: StageSpec, ends: Sequence[Draft]) -> StageGraph:
         outputs = [port for end in ends for port in end.graph.outputs]
         given = example(outputs)
         if stage.fuse in FUSES:
@@ -305,22 +307,24 @@ def _channels_differ(scatter: StageGraph) -> bool:
     return any(port.shape[1] not in whole for port in scatter.outputs)
 
 
-def _attach(cells: Sequence[Cell], before: Cell, alias: dict[str, str], branch: str) -> list[Cell]:
+def _attach(
+    drafts: Sequence[Draft], before: Draft, alias: dict[str, str], branch: str
+) -> list[Draft]:
     """Give a branch's first stages the names of what they take, and its last one's its own."""
     attached = []
-    for cell in cells:
-        inputs = alias if any(s.stage == before.name for s in cell.sources) else {}
+    for draft in drafts:
+        inputs = alias if any(s.stage == before.name for s in draft.sources) else {}
         outputs = (
-            {name: f"{branch}_{at}" for at, name in enumerate(_names(cell.graph.outputs))}
-            if cell is cells[-1]
+            {name: f"{branch}_{at}" for at, name in enumerate(_names(draft.graph.outputs))}
+            if draft is drafts[-1]
             else {}
         )
-        graph = renamed(cell.graph, inputs, outputs) if inputs or outputs else cell.graph
+        graph = renamed(draft.graph, inputs, outputs) if inputs or outputs else draft.graph
         sources = tuple(
             Source(stage=s.stage, tensors=tuple(inputs.get(t, t) for t in s.tensors))
-            for s in cell.sources
+            for s in draft.sources
         )
-        attached.append(replace(cell, graph=graph, sources=sources))
+        attached.append(replace(draft, graph=graph, sources=sources))
     return attached
 
 
@@ -336,7 +340,7 @@ def _fits(branch: str, given: Sequence[Port], wanted: Sequence[Port]) -> None:
         )
 
 
-def _alike(stage: StageSpec, ends: Sequence[Cell]) -> None:
+def _alike(stage: StageSpec, ends: Sequence[Draft]) -> None:
     """Raise ConfigError unless all branches give one output of the same kind."""
     kinds = [[(p.dtype, p.shape[1:]) for p in end.graph.outputs] for end in ends]
     for branch, kind in zip(stage.branches, kinds, strict=True):

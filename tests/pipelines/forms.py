@@ -24,6 +24,7 @@ from streaminfer.planning.reference import reference
 from streaminfer.planning.verify import VerifyReport, verify
 from streaminfer.runtime.postprocess import batch_of
 from streaminfer.spec.file import load
+from streaminfer.topology import build
 from tests.e2e.conftest import ROOT
 
 STAGES = ROOT / "stages"
@@ -78,6 +79,14 @@ class Form:
         spec, where, _ = self._planned
         sizes = (2,) if self.random_weights else (1, 3, 8)
         return verify(spec, where, batch_sizes=sizes)
+
+    def check_topology(self) -> None:
+        """Raise AssertionError if a worker keeps what a stage elsewhere waits for."""
+        spec, _, plan = self._planned
+        for worker in build(spec, plan).workers:
+            for stage in worker.stages[:-1]:
+                takers = {taker.name for taker, _ in plan.consumers(stage)}
+                assert takers <= set(worker.stages), f"{stage} does not reach {takers}"
 
     @property
     def tolerance(self) -> float:

@@ -111,6 +111,9 @@ FORMS: dict[str, Changes] = {
     "a split in a branch": members(first=SPLIT),
     "a split in a branch, local": members(first=SPLIT, edges=LOCAL),
     "tiles in a branch": members(first={"stages": [{**STEM, **tiles(2, 1)}, HEAD]}),
+    "tiles in a branch, local": members(
+        first={"stages": [{**STEM, **tiles(2, 1)}, HEAD]}, edges=LOCAL
+    ),
     "stages, then branches": {
         **stages(
             {"name": "stem"},
@@ -143,6 +146,7 @@ ON_KAFKA = (
     "16 bits, lz4 into tiles",
     "shards of two replicas",
     "a split in a branch",
+    "tiles in a branch",
     "a branch in stages",
     "an exit, then a split",
 )  # every kind of worker and topic that no file in stages/ has
@@ -193,6 +197,7 @@ def test_every_form_of_the_readme_has_a_file() -> None:
 @pytest.mark.timeout(300)
 def test_verify_holds(forms: dict[str, Form], name: str) -> None:
     assert forms[name].report.holds, forms[name].report
+    forms[name].check_topology()
 
 
 @pytest.mark.parametrize(("name", "bus"), BUSES)

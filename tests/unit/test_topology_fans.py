@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan, StagePlan
-from streaminfer.planning.lower import Cell, lower
+from streaminfer.planning.lower import Draft, lower
 from streaminfer.spec import PipelineSpec
 from streaminfer.topics import window
 from streaminfer.topology import SINK, Topology, WorkerSpec, build
@@ -261,10 +261,10 @@ def test_plans_made_up_here_are_laid_out_as_a_build_does(
     found = lower(spec, lambda _: Convolutions(names))
     made = planned(spec, slicing)
 
-    def laid_out(cells: Sequence[Cell | StagePlan]) -> list[tuple[object, ...]]:
+    def laid_out(drafts: Sequence[Draft | StagePlan]) -> list[tuple[object, ...]]:
         return [
             (c.name, c.path, c.kind, c.part, c.gather, c.edge, [s.stage for s in c.sources])
-            for c in cells
+            for c in drafts
         ]
 
     assert laid_out(found) == laid_out(made.stages)
