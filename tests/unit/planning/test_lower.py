@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streaminfer.errors import ConfigError, StreaminferError
 from streaminfer.planning.build import build
-from streaminfer.planning.lower import Cell, lower
+from streaminfer.planning.lower import Draft, lower
 from streaminfer.spec import ModelSpec, PipelineSpec
 
 
@@ -74,7 +74,7 @@ def of(name: str, *shape: int) -> dict[str, Any]:
     return {"factory": f"{name}:x", "example": list(shape or (1, 8, 8))}
 
 
-def cells(*stages: Mapping[str, Any], **more: Any) -> list[Cell]:
+def drafts(*stages: Mapping[str, Any], **more: Any) -> list[Draft]:
     given: dict[str, Any] = {
         "pipeline": "p", "model": of("net"), "input": {"channels": 1}, "stages": list(stages),
     }  # fmt: skip
@@ -184,7 +184,7 @@ WRONG: dict[str, tuple[list[Mapping[str, Any]], dict[str, Any], list[str]]] = {
 def test_a_form_that_cannot_be_is_refused_with_place_and_remedy(name: str) -> None:
     stages, more, words = WRONG[name]
     with pytest.raises(StreaminferError) as caught:
-        cells(*stages, **more)
+        drafts(*stages, **more)
     text = str(caught.value)
     for word in words:
         assert word in text, text
@@ -221,7 +221,7 @@ def test_an_exit_answers_with_the_models_classes(tmp_path: Path) -> None:
 
 
 def test_a_split_stage_is_its_parts_and_their_gather() -> None:
-    made = cells(CONV, {**DOWN, **CHANNELS}, END)
+    made = drafts(CONV, {**DOWN, **CHANNELS}, END)
     assert [(c.name, c.kind) for c in made] == [
         ("a", "stage"), ("b.0", "part"), ("b.1", "part"), ("b.gather", "gather"), ("z", "stage"),
     ]  # fmt: skip
@@ -231,6 +231,6 @@ def test_a_split_stage_is_its_parts_and_their_gather() -> None:
 
 
 def test_the_first_stage_split_is_given_the_image_by_a_scatter() -> None:
-    made = cells({**CONV, **tiles(2, 2)}, END)
+    made = drafts({**CONV, **tiles(2, 2)}, END)
     assert [c.kind for c in made] == ["scatter", *["part"] * 4, "gather", "stage"]
     assert [c.name for c in made if c.pixels] == ["a.0", "a.1", "a.2", "a.3"]
