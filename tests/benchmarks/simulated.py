@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from streaminfer.commands.simulate import Ask, scenario_of
-from streaminfer.commands.timing import StageTimes, inputs_of, time_decode, time_stages
+from streaminfer.commands.timing import inputs_of, time_decode, time_stages
 from streaminfer.commands.trial import Trial, calibrate, drive
-from streaminfer.planning.simulator import Report, simulate
+from streaminfer.planning.simulator import Report, StageTimes, simulate
 from streaminfer.planning.source import ensure
 from streaminfer.spec.file import load as load_spec
 from tests import virtual
@@ -128,10 +128,10 @@ async def _measured(case: Case, cores: float) -> Pair:
         plan = ensure(spec, folder, random_weights=True)
         inputs = inputs_of(spec, plan)
         ask = Ask(rate=case.rate, concurrency=case.loop, seconds=SECONDS)
-        host = await calibrate(spec, plan, folder, inputs, cores)
-        host = replace(host, decode=time_decode(plan, inputs))
+        found = await calibrate(spec, plan, folder, inputs, cores)
+        host = replace(found.host, decode=time_decode(plan, inputs))
         before = await time_stages(spec, plan, folder)
-        blank = {stage.name: {1: 1.0} for stage in plan.stages}
+        blank = {stage.name: StageTimes({1: 1.0}) for stage in plan.stages}
         measured = await drive(
             spec, plan, folder, scenario_of(spec, plan, blank, host, ask), inputs
         )
@@ -149,9 +149,11 @@ async def _measured(case: Case, cores: float) -> Pair:
 
 def _between(
     one: Mapping[str, StageTimes], other: Mapping[str, StageTimes]
-) -> dict[str, dict[int, float]]:
+) -> dict[str, StageTimes]:
     return {
-        name: {n: (t + other[name].seconds[n]) / 2 for n, t in times.seconds.items()}
+        name: replace(
+            times, seconds={n: (t + other[name].seconds[n]) / 2 for n, t in times.seconds.items()}
+        )
         for name, times in one.items()
     }
 
