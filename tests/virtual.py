@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from streaminfer.runtime import forward, outbox, receive, sink, steps, worker
+from streaminfer.runtime import device, forward, outbox, receive, sink, steps, worker
 from streaminfer.runtime.receive import Raw
 
 __all__ = ["run"]
@@ -102,7 +102,7 @@ class _Clock:
 def _as_time(loop: Loop) -> Iterator[None]:
     clock = _Clock(loop)
     with ExitStack() as stack:
-        for module in (forward, outbox, receive, sink, steps, worker):
+        for module in (device, forward, outbox, receive, sink, steps, worker):
             stack.enter_context(patch.object(module, "time", clock))
         # its default is the function itself, taken when the class was made
         stack.enter_context(patch.object(Raw.__init__, "__defaults__", (loop.time,)))

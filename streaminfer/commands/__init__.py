@@ -11,6 +11,7 @@ from streaminfer.commands.plans import (
     topics_diff,
     verify,
 )
+from streaminfer.commands.replan import print_advice, replan
 from streaminfer.commands.serve import run, targets, worker
 from streaminfer.commands.settings import config_text
 from streaminfer.commands.simulate import Ask, predict, print_simulated
@@ -21,10 +22,12 @@ __all__ = [
     "cuts",
     "plan_of",
     "predict",
+    "print_advice",
     "print_cuts",
     "print_plan",
     "print_simulated",
     "print_verified",
+    "replan",
     "run",
     "send",
     "targets",

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from streaminfer.commands.cells import cells
 from streaminfer.commands.plans import console, plan_of, warn
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan
+from streaminfer.planning.sanity import check
 from streaminfer.planning.scenario import PATTERNS
 from streaminfer.planning.simulator import (
     Arrivals,
@@ -22,12 +24,12 @@ from streaminfer.planning.simulator import (
     Pattern,
     Report,
     Scenario,
-    SimStage,
+    StageTimes,
     simulate,
 )
 from streaminfer.planning.whatif import what_if, with_replicas
 from streaminfer.spec import did_you_mean
-from streaminfer.topics import ANSWER, window
+from streaminfer.topics import window
 
 if TYPE_CHECKING:
     from streaminfer.commands.trial import Trial
@@ -100,19 +102,21 @@ async def predict(
     where, plan = plan_of(spec, folder, random_weights)
     inputs = inputs_of(spec, plan)
     # what the flags say is judged before anything is measured
-    blank = {stage.name: {1: 1.0} for stage in plan.stages}
+    blank = {stage.name: StageTimes({1: 1.0}) for stage in plan.stages}
     _asked(scenario_of(spec, plan, blank, Host(), ask), ask)
     times = await time_stages(spec, plan, where)
-    for name, found in times.items():
-        if found.spread > SPREAD:
-            warn(f"{name}: its times spread by {found.spread:.0%}: is the machine busy?")
+    for name, one in times.items():
+        if one.spread > SPREAD:
+            warn(f"{name}: its times spread by {one.spread:.0%}: is the machine busy?")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    host = await calibrate(spec, plan, where, inputs, float(cores or 1))
-    host = replace(host, decode=time_decode(plan, inputs))
+    found = await calibrate(spec, plan, where, inputs, float(cores or 1))
+    host = replace(found.host, decode=time_decode(plan, inputs))
+    times = {name: replace(one, leaves=found.leaves.get(name, 0.0)) for name, one in times.items()}
     if _bus(spec, ask) == "kafka":
         host = replace(host, cores=None, client=0.0, timer=0.0)
-    seconds = {name: found.seconds for name, found in times.items()}
-    before = replace(scenario_of(spec, plan, seconds, host, ask), bytes_in=_mean(map(len, inputs)))
+    before = replace(
+        scenario_of(spec, plan, times, host, ask), bytes_in=_mean(len(one.value) for one in inputs)
+    )
     plain, after = _asked(before, ask)
     predicted = simulate(plain)
     changed = simulate(after) if ask.what_if else None
@@ -127,53 +131,26 @@ async def predict(
 def _asked(scenario: Scenario, ask: Ask) -> tuple[Scenario, Scenario]:
     """Return the scenario as the flags have it, and with the changes on top."""
     plain = with_replicas(scenario, ask.replicas)
-    plain.check()
+    check(plain)
     changed = what_if(plain, ask.what_if)
-    changed.check()
+    check(changed)
     return plain, changed
 
 
 def scenario_of(
     spec: PipelineSpec,
     plan: Plan,
-    seconds: Mapping[str, Mapping[int, float]],
+    times: Mapping[str, StageTimes],
     host: Host,
     ask: Ask,
 ) -> Scenario:
-    """Make the scenario of a pipeline file, given each stage's seconds by batch size."""
-    from streaminfer.runtime.compute import share
-
+    """Make the scenario of a pipeline file, given what was measured of each cell of its plan."""
     devices = [name.strip() for name in ask.devices.split(",")] if ask.devices else []
-    if devices and len(devices) not in (1, len(plan.stages)):
-        raise ConfigError(
-            f"{len(devices)} devices for {len(plan.stages)} stages",
-            where="--devices",
-            hint="name one for each stage, or one for all",
-        )
-    stages = []
-    for k, stage in enumerate(plan.stages):
-        own, batch = spec.stage(stage.name), spec.batch_of(stage.name)
-        last = k + 1 == len(plan.stages)
-        edge = plan.stages[-1 if last else k + 1].edge.dtype
-        raw = sum(tensor.row_bytes("native" if last else edge) for tensor in stage.outputs)
-        stages.append(
-            SimStage(
-                name=stage.name,
-                seconds=seconds[stage.name],
-                speeds=(1.0,) * own.replicas,
-                batch_max=batch.max,
-                batch_wait=batch.wait,
-                bytes_out=min(raw, ANSWER * plan.top_k) if last and plan.top_k else raw,
-                local=spec.edge(stage.name).transport == "local",
-                threads=own.threads or share(spec, plan),
-                device=devices[k % len(devices)] if devices else own.devices[0],
-            )
-        )
     partitions = spec.kafka.partitions
     closed = (ask.concurrency or CLOSED) if ask.rate is None else None
     pattern: Pattern = next(p for p in PATTERNS if p == ask.pattern)
     return Scenario(
-        stages=stages,
+        stages=cells(spec, plan, times, devices),
         arrivals=Arrivals(ask.rate, closed, pattern if ask.rate is not None else "constant"),
         link=KAFKA if _bus(spec, ask) == "kafka" else Link(),
         host=host,

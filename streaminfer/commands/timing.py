@@ -1,6 +1,6 @@
 """Time what a plan is made of, each alone: its stages by batch size, its decoding, its inputs.
 
-A stage is timed as it will run: its Forward, fed with the output of the stage before.
+A cell is timed as it will run: its Forward, fed with what comes out of those that it reads.
 """
 
 from __future__ import annotations
@@ -9,63 +9,76 @@ import io
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streaminfer.commands.trial import device_seconds
+from streaminfer.commands.trial import Input, device_seconds
+from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
-from streaminfer.plan import Plan
+from streaminfer.plan import PRESENT, Plan, StagePlan
+from streaminfer.planning.scenario import StageTimes
+from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
+from streaminfer.runtime.rows import NAMES, as_bytes, select
 from streaminfer.runtime.steps import Item
 from streaminfer.spec import BatchSpec, PipelineSpec
-from streaminfer.wire import Envelope, Sample, Tensor, TensorInput, encode_tensor_input
+from streaminfer.topology import build
+from streaminfer.wire import (
+    TENSOR_INPUT,
+    Envelope,
+    Sample,
+    Tensor,
+    TensorInput,
+    encode_tensor_input,
+)
 
 if TYPE_CHECKING:
     from streaminfer.runtime.forward import Forward
 
-__all__ = ["StageTimes", "inputs_of", "time_decode", "time_stages"]
+__all__ = ["inputs_of", "time_decode", "time_stages"]
 
 GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
 DISTINCT = 64  # inputs that are made; they come again
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds of one device call by batch size, and the spread of the groups it is from."""
-
-    seconds: Mapping[int, float]
-    spread: float  # (third quartile - first) / median, at the largest batch
-
-
-def inputs_of(spec: PipelineSpec, plan: Plan, count: int = DISTINCT) -> list[bytes]:
+def inputs_of(spec: PipelineSpec, plan: Plan, count: int = DISTINCT) -> list[Input]:
     """Return seeded inputs as a client would send them: JPEGs of soft noise, or tensors."""
-    random = np.random.default_rng(0)
     if plan.input.decode == "image":
+        random = np.random.default_rng(0)
         side = plan.input.resize or plan.input.crop
-        height, width = (
-            (side, side) if side else next(iter(spec.first_model.examples().values())).shape[1:]
-        )
-        return [_image(random, height, width, plan.input.channels) for _ in range(count)]
-    row = plan.stages[0].inputs[0]
+        (example,) = spec.first_model.examples().values()
+        height, width = (side, side) if side else example.shape[1:]
+        return [Input(_image(random, height, width, plan.input.channels)) for _ in range(count)]
+    rows = _rows(spec, plan, count)
+    headers = (("content-type", TENSOR_INPUT.encode()),)
     found = []
-    for _ in range(count):
-        if row.dtype.startswith("F"):
-            data = random.normal(
-                size=next(iter(spec.first_model.examples().values())).shape
-            ).astype(f"<f{int(row.dtype[1:]) // 8}")
-        else:
-            data = np.zeros(
-                next(iter(spec.first_model.examples().values())).shape,
-                f"<i{int(row.dtype[1:]) // 8}",
-            )
-        tensor = Tensor(row.dtype, data.shape, memoryview(data.tobytes()))
-        found.append(encode_tensor_input(TensorInput(tensor)))
+    for k in range(count):
+        one = {name: _row(tensor, k) for name, tensor in rows.items()}
+        message = TensorInput(tensors=one)
+        found.append(Input(encode_tensor_input(message), headers))
     return found
+
+
+def _rows(spec: PipelineSpec, plan: Plan, count: int) -> dict[str, Tensor]:
+    """Return rows of what the model's example describes, by the first cell's inputs."""
+    from streaminfer.planning.example import example_inputs
+
+    given = example_inputs(spec.first_model, count).named([s.name for s in plan.stages[0].inputs])
+    return {
+        name: Tensor(NAMES[value.dtype], tuple(value.shape), as_bytes(value.contiguous()))
+        for name, value in given.items()
+    }
+
+
+def _row(tensor: Tensor, k: int) -> Tensor:
+    size = len(tensor.data) // tensor.shape[0]
+    return Tensor(tensor.dtype, tensor.shape[1:], tensor.data[k * size : (k + 1) * size])
 
 
 def _image(random: np.random.Generator, height: int, width: int, channels: int) -> bytes:
@@ -78,14 +91,14 @@ def _image(random: np.random.Generator, height: int, width: int, channels: int) 
     return file.getvalue()
 
 
-def time_decode(plan: Plan, inputs: Sequence[bytes]) -> float:
+def time_decode(plan: Plan, inputs: Sequence[Input]) -> float:
     """Return the seconds that ingest's pool takes for one image; 0 for tensors."""
     if plan.input.decode != "image":
         return 0.0
     took = []
-    for value in inputs:
+    for one in inputs:
         began = time.thread_time()
-        decode_image(value, None, plan.input)
+        decode_image(one.value, None, plan.input)
         took.append(time.thread_time() - began)
     return statistics.median(took)
 
@@ -93,70 +106,127 @@ def time_decode(plan: Plan, inputs: Sequence[bytes]) -> float:
 async def time_stages(
     spec: PipelineSpec, plan: Plan, folder: Path, *, batches: Sequence[int] = ()
 ) -> dict[str, StageTimes]:
-    """Time every stage of a built plan on its own device, with the threads that it will have.
+    """Time every cell of a built plan on its own devices, with the threads that it will have.
 
     A batch's time is all that its device thread does: bytes to tensors, compute, tensors to bytes.
 
     Returns:
-        By stage: seconds by batch size, for 1, 2, 4 … `batch.max` (or `batches`).
-    """
-    from streaminfer.runtime.compute import forward, share
+        By cell: seconds by batch size, for 1, 2, 4 … `batch.max` (or `batches`).
 
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    roles = {name: role for role in build(spec, plan).workers for name in role.stages}
     found: dict[str, StageTimes] = {}
-    feed: dict[int, Envelope] = {}
+    made: dict[str, Envelope] = {}  # what each cell gives for its largest batch
     for stage in plan.stages:
-        most = spec.batch_of(stage.name).max
+        role, most = roles[stage.name], spec.batch_of(stage.path).max
+        devices = [role.device(stage.name, replica) for replica in range(role.replicas)]
         sizes = sorted({*(n for n in (batches or _powers(most)) if n <= most), most})
-        alone = spec.model_copy(
+        bench = _Bench(_alone(spec, most), plan, folder, stage)
+        feed = [_feed(spec, plan, stage, made, n) for n in sizes]
+        rows = {device: await bench.timed(device, feed) for device in dict.fromkeys(devices)}
+        times = {device: [statistics.median(t) for t in one] for device, one in rows.items()}
+        low, middle, high = statistics.quantiles(rows[devices[0]][-1], n=4)
+        first = times[devices[0]]
+        found[stage.name] = StageTimes(
+            dict(zip(sizes, first, strict=True)),
+            (high - low) / middle,
+            tuple(first[-1] / times[device][-1] for device in devices),
+        )
+        made[stage.name] = await bench.output(devices[0], feed[-1])
+    return found
+
+
+def _alone(spec: PipelineSpec, most: int) -> PipelineSpec:
+    """Return the same with one size of batches everywhere, that waits for nothing."""
+    stages = tuple(
+        stage.model_copy(
             update={
-                "stages": tuple(
-                    s.model_copy(update={"batch": BatchSpec(max=most, wait=0.0)})
-                    for s in spec.stages
-                )
+                "batch": None,
+                "branches": tuple(
+                    branch.model_copy(
+                        update={
+                            "batch": None,
+                            "stages": tuple(
+                                part.model_copy(update={"batch": None}) for part in branch.stages
+                            ),
+                        }
+                    )
+                    for branch in stage.branches
+                ),
             }
         )
-        metrics = Metrics(plan.pipeline)
-        step = forward(
-            alone,
-            plan,
-            folder,
-            stage.name,
-            metrics.stage(stage.name),
-            device=spec.stage(stage.path).devices[0],
-        )
+        for stage in spec.stages
+    )
+    return spec.model_copy(update={"batch": BatchSpec(max=most, wait=0.0), "stages": stages})
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One cell to be run by itself."""
+
+    spec: PipelineSpec
+    plan: Plan
+    folder: Path
+    stage: StagePlan
+
+    async def timed(self, device: str, feed: Sequence[Envelope]) -> list[list[float]]:
+        """Return the seconds of a call, a number for each group of calls, for each envelope."""
+        async with self._running(self.plan, device) as (step, metrics):
+            threads = self.spec.stage(self.stage.path).threads or share(self.spec, self.plan)
+            clock = _clock(self.stage.name, threads, device, metrics)
+            return [await _timed(step, envelope, clock) for envelope in feed]
+
+    async def output(self, device: str, envelope: Envelope) -> Envelope:
+        """Return what comes out, of all rows: none leaves at an exit."""
+        stages = tuple(s.model_copy(update={"exit": None}) for s in self.plan.stages)
+        whole = self.plan.model_copy(update={"stages": stages})
+        async with self._running(whole, device) as (step, _):
+            result = await step([Item((), envelope)])
+        if not result.outputs:
+            failure = result.outcomes[0].samples[0].failure
+            why = failure.message if failure else "nothing came out"
+            raise ConfigError(f"{self.stage.name}: {why}", where="model.example")
+        return _plain(result.outputs[0])
+
+    @asynccontextmanager
+    async def _running(self, plan: Plan, device: str) -> AsyncIterator[tuple[Forward, Metrics]]:
+        metrics, name = Metrics(plan.pipeline), self.stage.name
+        step = forward(self.spec, plan, self.folder, name, metrics.stage(name), device=device)
         await step.start()
         try:
-            place = spec.stage(stage.name)
-            threads = place.threads or share(spec, plan)
-            clock = _clock(stage.name, threads, place.devices[0], metrics)
-            rows: dict[int, list[float]] = {}
-            outputs: dict[int, Envelope] = {}
-            for n in sizes:
-                envelope = _cut(feed, n) if feed else _first(spec, plan, n)
-                rows[n], outputs[n] = await _timed(step, envelope, clock)
+            yield step, metrics
         finally:
             await step.stop()
-        feed = outputs
-        last = rows[sizes[-1]]
-        low, middle, high = statistics.quantiles(last, n=4)
-        found[stage.name] = StageTimes(
-            {n: statistics.median(times) for n, times in rows.items()}, (high - low) / middle
-        )
-    return found
+
+
+def _feed(
+    spec: PipelineSpec, plan: Plan, stage: StagePlan, made: Mapping[str, Envelope], n: int
+) -> Envelope:
+    """Return n rows of all that a cell reads."""
+    if not stage.sources:
+        return _first(spec, plan, n)
+    tensors: dict[str, Tensor] = {}
+    for source in stage.sources:
+        rows = _cut(made[source.stage], n).tensors
+        tensors |= {name: rows[name] for name in source.tensors}
+    if any(one.name == PRESENT for one in stage.inputs):
+        ones = np.ones((n, len(stage.sources)), "<f4")
+        tensors[PRESENT] = Tensor("F32", ones.shape, memoryview(ones.tobytes()))
+    return _envelope(tensors, n, plan.digest)
 
 
 def _powers(most: int) -> list[int]:
     return [1 << k for k in range(most.bit_length())]
 
 
-async def _timed(
-    step: Forward, envelope: Envelope, clock: Callable[[], float]
-) -> tuple[list[float], Envelope]:
-    """Return the seconds of a call, a number for each group of calls, and what comes out."""
+async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) -> list[float]:
+    """Return the seconds of a call, a number for each group of calls."""
     item = Item((), envelope)
     await step([item])
     began = clock()
-    out = (await step([item])).outputs[0]
+    await step([item])
     once = max(1e-6, clock() - began)
     calls = max(1, min(50, round(LEAST / once)))
     found = []
@@ -165,7 +235,7 @@ async def _timed(
         for _ in range(calls):
             await step([item])
         found.append((clock() - began) / calls)
-    return found, _plain(out)
+    return found
 
 
 def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[[], float]:
@@ -183,24 +253,16 @@ def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[
 
 
 def _first(spec: PipelineSpec, plan: Plan, n: int) -> Envelope:
-    """Make what ingest would hand to the first stage."""
-    row = plan.stages[0].inputs[0]
+    """Make what ingest would hand to the first cell."""
+    if plan.input.decode != "image":
+        tensors = _rows(spec, plan, n)
+        return _plain(_envelope(tensors, n, plan.digest))
     inputs = inputs_of(spec, plan, min(n, DISTINCT))
-    if plan.input.decode == "image":
-        pixels = np.stack(
-            [decode_image(inputs[k % len(inputs)], None, plan.input) for k in range(n)]
-        )
-        tensor = Tensor("U8", pixels.shape, memoryview(pixels.tobytes()))
-    else:
-        width = row.row_bytes() if None not in row.shape[1:] else 0
-        shape = (n, *next(iter(spec.first_model.examples().values())).shape)
-        nbytes = width * n if width else int(np.prod(shape)) * _itemsize(row.dtype)
-        tensor = Tensor(row.dtype, shape, memoryview(bytes(nbytes)))
-    return _envelope({row.name: tensor}, n, plan.digest)
-
-
-def _itemsize(dtype: str) -> int:
-    return 1 if dtype == "BOOL" else int("".join(c for c in dtype if c.isdigit())) // 8
+    pixels = np.stack(
+        [decode_image(inputs[k % len(inputs)].value, None, plan.input) for k in range(n)]
+    )
+    tensor = Tensor("U8", pixels.shape, memoryview(pixels.tobytes()))
+    return _envelope({plan.stages[0].inputs[0].name: tensor}, n, plan.digest)
 
 
 def _envelope(tensors: Mapping[str, Tensor], n: int, digest: str) -> Envelope:
@@ -209,15 +271,11 @@ def _envelope(tensors: Mapping[str, Tensor], n: int, digest: str) -> Envelope:
     return Envelope(0, samples, digest, "trial", tensors=dict(tensors))
 
 
-def _cut(feed: Mapping[int, Envelope], n: int) -> Envelope:
-    """Return an envelope of n rows out of those of the stage before."""
-    if n in feed:
-        return feed[n]
-    from streaminfer.runtime.rows import select
-
-    whole = feed[max(feed)]
-    rows = [k % len(whole.samples) for k in range(n)]
-    return _plain(select(whole, rows))
+def _cut(whole: Envelope, n: int) -> Envelope:
+    """Return n rows of an envelope; if it has less, they come again."""
+    if n == len(whole.samples):
+        return whole
+    return _plain(select(whole, [k % len(whole.samples) for k in range(n)]))
 
 
 def _plain(envelope: Envelope) -> Envelope:

@@ -13,26 +13,39 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from streaminfer.app import LocalPipeline
+from streaminfer.commands.cells import cells
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
-from streaminfer.planning.simulator import Arrivals, Host, Scenario, summary
+from streaminfer.planning.simulator import Arrivals, Host, Scenario, StageTimes, summary
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Trial", "calibrate", "device_seconds", "drive"]
+__all__ = ["Calibration", "Input", "Trial", "calibrate", "device_seconds", "drive"]
 
 CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
+
+
+class Input(NamedTuple):
+    """A record as a client would send it."""
+
+    value: bytes
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What two short runs say of the engine, and of who leaves at the plan's exits."""
+
+    host: Host
+    leaves: Mapping[str, float]  # 0-1, by stage: of the rows that it computed
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ def device_seconds(metrics: Metrics) -> dict[str, float]:
 
 
 async def calibrate(
-    spec: PipelineSpec, plan: Plan, folder: Path, inputs: Sequence[bytes], cores: float
-) -> Host:
+    spec: PipelineSpec, plan: Plan, folder: Path, inputs: Sequence[Input], cores: float
+) -> Calibration:
     """Measure what the engine's own event loop costs here, by its thread's CPU time.
 
     Two short runs of this plan, with micro-batches that are full and with some of one sample,
@@ -72,9 +85,12 @@ async def calibrate(
     latency of a run goes into it.
     """
     reference = Host.reference(cores)
-    stages, most = len(plan.stages), spec.batch_of(plan.stages[0].name).max
-    hops = sum(spec.edge(stage.name).transport != "local" for stage in plan.stages)
+    blank = {stage.name: StageTimes({1: 1.0}, leaves=0.5) for stage in plan.stages}
+    hops = Scenario(cells(spec, plan, blank), Arrivals(window=1)).hops()
+    stages, most = len(plan.stages), spec.batch_of(plan.stages[0].path).max
+    exits = sum(stage.exit is not None for stage in plan.stages)
     rows, costs = [], []
+    leaves: dict[str, float] = {}
     for window in (2, 4 * most * spec.kafka.partitions):
         async with LocalPipeline(spec, plan, folder) as pipeline:
             load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
@@ -83,7 +99,9 @@ async def calibrate(
             trial = await _Load(pipeline, load, inputs).run()
             after = _counts(pipeline.metrics)
         samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
-        each = envelopes / max(1.0, samples)
+        # of a micro-batch of several rows some leave at an exit and some go on
+        each = envelopes / max(1.0, samples) / (1 + exits * (window > 2))
+        leaves = _leaves(pipeline.metrics)
         cost = trial.host / trial.throughput
         rows.append(
             [
@@ -98,7 +116,18 @@ async def calibrate(
     if min(by_sample, by_batch) <= 0:
         by_sample = by_batch = len(costs) / float(matrix.sum())
     scaled = reference.scaled(float(by_sample), float(by_batch))
-    return replace(scaled, python=PYTHON)
+    return Calibration(replace(scaled, python=PYTHON), leaves)
+
+
+def _leaves(metrics: Metrics) -> dict[str, float]:
+    """Return the share of each stage's rows that had their answer at its exit."""
+    gone, rows = dict[str, float](), dict[str, float]()
+    for reading in metrics.readings():
+        if reading.name == "streaminfer_stage_exits_total":
+            gone[reading.labels["stage"]] = reading.value
+        elif reading.name == "streaminfer_stage_batch_size_samples_sum":
+            rows[reading.labels["stage"]] = reading.value
+    return {name: gone.get(name, 0.0) / n for name, n in rows.items() if n}
 
 
 def _batches(metrics: Metrics) -> dict[str, float]:
@@ -127,7 +156,7 @@ def _counts(metrics: Metrics) -> tuple[float, float]:
 
 
 async def drive(
-    spec: PipelineSpec, plan: Plan, folder: Path, scenario: Scenario, inputs: Sequence[bytes]
+    spec: PipelineSpec, plan: Plan, folder: Path, scenario: Scenario, inputs: Sequence[Input]
 ) -> Trial:
     """Run a plan on the memory bus under a scenario's load, and measure what it predicts.
 
@@ -172,7 +201,7 @@ class _Load:
     """Sends by a schedule, or as many as were answered, and notes when each answer came."""
 
     def __init__(
-        self, pipeline: LocalPipeline, scenario: Scenario, inputs: Sequence[bytes]
+        self, pipeline: LocalPipeline, scenario: Scenario, inputs: Sequence[Input]
     ) -> None:
         self._pipeline, self._scenario, self._inputs = pipeline, scenario, inputs
         self._topic = pipeline.spec.input.topic
@@ -225,16 +254,17 @@ class _Load:
         busy = {
             stage.name: (after.get(stage.name, 0.0) - before.get(stage.name, 0.0))
             / span
-            / self._pipeline.spec.stage(stage.name).replicas
+            / len(stage.speeds)
             for stage in scenario.stages
         }
+        sizes = _batches(self._pipeline.metrics)
         return Trial(
             throughput,
             p50,
             p99,
             mean,
             busy,
-            _batches(self._pipeline.metrics),
+            {stage.name: sizes.get(stage.name, 0.0) for stage in scenario.stages},
             used.loop / span,
             used.others / span,
         )
@@ -259,10 +289,10 @@ class _Load:
             await self._one(partition, now)
 
     async def _one(self, partition: int, when: float) -> None:
-        value = self._inputs[self._count % len(self._inputs)]
+        value, headers = self._inputs[self._count % len(self._inputs)]
         self._count += 1
         self._waiting[partition].append(when)
-        await self._producer.send(Outgoing(self._topic, value, None, partition))
+        await self._producer.send(Outgoing(self._topic, value, None, partition, headers))
 
     async def _read(self, consumer: Any, began: float) -> None:
         last = _now()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,9 +39,13 @@ class Inputs:
 
     def ports(self, ports: tuple[Port, ...]) -> list[Tensor]:
         """Return the tensors in the order of a first stage's inputs, which have their names."""
-        rest = [port.name for port in ports if port.name not in self.kwargs]
-        given = {**self.kwargs, **dict(zip(rest, self.args, strict=True))}
+        given = self.named([port.name for port in ports])
         return [given[port.name] for port in ports]
+
+    def named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the tensors by a first stage's inputs: those by place get the names left over."""
+        rest = [name for name in names if name not in self.kwargs]
+        return {**self.kwargs, **dict(zip(rest, self.args, strict=True))}
 
 
 def example_inputs(model: ModelSpec, rows: int = 2) -> Inputs:

@@ -11,101 +11,39 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
-from streaminfer.planning.events import Clock, Cores, Loop
-from streaminfer.planning.scenario import Host, Link, SimStage
-from streaminfer.planning.tally import Batch, Lane, Tally
+from streaminfer.planning.device import Device, Machine
+from streaminfer.planning.events import Loop
+from streaminfer.planning.scenario import SimStage
+from streaminfer.planning.tally import Batch, Lane
 
-__all__ = ["Device", "Ingest", "Inner", "Machine", "Sink", "Worker"]
+__all__ = ["Ingest", "Inner", "Outlet", "Sink", "Worker"]
 
 POLL = 500  # records that one poll returns at most
 PATIENCE = 0.1  # seconds that a poll waits for news
 
 
-class Machine(NamedTuple):
-    """What all parts of a simulation share."""
+class Outlet:
+    """A topic that a stage sends to: runtime/spread.py where the edge balances.
 
-    clock: Clock
-    cores: Cores
-    host: Host
-    link: Link
-    tally: Tally
-    decoders: int  # threads of the ingest's pool
-
-
-class Device:
-    """A stage on its device: runtime/forward.py.
-
-    A full batch goes at once, one ahead of the device; a part goes when the device is idle and its
-    oldest call has waited `batch_wait`.
+    `nbytes`: per sample. `groups` read it, each by the owners of its partitions.
     """
 
-    def __init__(
-        self, machine: Machine, index: int, stage: SimStage, speed: float, loop: Loop
-    ) -> None:
-        self._machine, self._index, self._stage, self._loop = machine, index, stage, loop
-        self._seconds = [t / speed for t in stage.table()]
-        self._calls: deque[tuple[Batch, float, Worker]] = deque()
-        self._rows = self._running = 0
-        self._ahead: deque[list[tuple[Batch, float, Worker]]] = deque()  # in the thread's queue
-        self._computing = False
-        self._timer = 0.0  # when a timer is due that is still to come
+    def __init__(self, nbytes: float, partitions: int, *, balance: bool = False) -> None:
+        self.nbytes, self._balance = nbytes, balance
+        self.groups: list[Sequence[Inner]] = []
+        self._sent = [0] * partitions
+        self._turn = deque(range(partitions))
 
-    def submit(self, batch: Batch, worker: Worker) -> None:
-        """Take a micro-batch; `worker.computed` is called when it is done."""
-        self._calls.append((batch, self._machine.clock.now, worker))
-        self._rows += len(batch.sent)
-        self._form()
-
-    def _form(self) -> None:
-        clock, stage = self._machine.clock, self._stage
-        while self._calls:
-            oldest = self._calls[0][1] + stage.batch_wait
-            full = self._rows >= stage.batch_max and self._running < 2
-            if not full and self._running:
-                return
-            if not full and oldest > clock.now + 1e-12:
-                if self._timer <= clock.now or oldest < self._timer:
-                    self._timer = oldest + self._machine.host.timer
-                    clock.at(self._timer, self._form)
-                return
-            calls = [self._calls.popleft()]
-            rows = len(calls[0][0].sent)
-            while self._calls and rows + len(self._calls[0][0].sent) <= stage.batch_max:
-                calls.append(self._calls.popleft())
-                rows += len(calls[-1][0].sent)
-            self._rows -= rows
-            self._running += 1
-            self._loop.do(self._machine.host.call / 2, self._launch, calls)
-
-    def _launch(self, calls: list[tuple[Batch, float, Worker]]) -> None:
-        self._ahead.append(calls)
-        if not self._computing:
-            self._compute()
-
-    def _compute(self) -> None:
-        calls = self._ahead.popleft()
-        machine, stage, self._computing = self._machine, self._stage, True
-        rows = sum(len(batch.sent) for batch, _, _ in calls)
-        machine.tally.leave(self._index, rows)
-        began = machine.clock.now
-        seconds = self._seconds[min(rows, stage.batch_max)]
-        locked = min(1.0, stage.python / seconds) if seconds else 0.0
-        machine.cores.run(seconds, stage.threads, locked, self._computed, calls, began)
-
-    def _computed(self, calls: list[tuple[Batch, float, Worker]], began: float) -> None:
-        self._computing = False
-        self._machine.tally.computed(self._index, began)
-        if self._ahead:
-            self._compute()
-        self._loop.do(self._machine.host.call / 2, self._finish, calls)
-
-    def _finish(self, calls: list[tuple[Batch, float, Worker]]) -> None:
-        self._running -= 1
-        self._form()
-        for batch, _, worker in calls:
-            worker.computed(batch, self._index)
+    def readers(self, batch: Batch) -> list[Inner]:
+        """Return who gets a micro-batch."""
+        to = batch.partition
+        if self._balance:
+            to = min(self._turn, key=self._sent.__getitem__)
+            self._turn.remove(to)
+            self._turn.append(to)
+            self._sent[to] += len(batch.sent)
+        return [group[to] for group in self.groups]
 
 
 class Worker:
@@ -117,7 +55,9 @@ class Worker:
         self.machine, self.loop = machine, loop
         self.stages = stages
         self.devices: list[Device] = []
-        self.targets: Mapping[int, Sequence[Sequence[Inner]]] = {}  # by stage: readers by partition
+        self.outlets: Mapping[int, Mapping[str, Outlet]] = {}  # by stage, by topic
+        self.following: Mapping[int, Sequence[tuple[int, int]]] = {}  # here: place, and its parts
+        self.exit: Outlet | None = None
         self._limit = stages[0][1].batch_max * (3 + len(stages)) if stages else 256
         self._inhand = 0
         self._items: Iterator[Batch] = iter(())
@@ -125,6 +65,7 @@ class Worker:
         self._busy = self._stalled = False
         self._sent_at = 0.0  # when its link is free again
         self._order = {index: k for k, (index, _) in enumerate(stages)}
+        self._left: dict[Batch, Batch] = {}  # whose answer travels once the others are done
 
     def wake(self) -> None:
         """Let it poll, unless it is at work: then it polls by itself."""
@@ -133,30 +74,64 @@ class Worker:
             self.loop.do(self.machine.host.turn, self._poll)
 
     def computed(self, batch: Batch, index: int) -> None:
-        """Go on after a stage: to the next one of this worker, or out."""
-        k, host = self._order[index], self.machine.host
-        size = len(batch.sent)
-        last = k + 1 == len(self.stages)
-        if not last:
-            self.machine.tally.enter(self.stages[k + 1][0], size)
-            self.devices[k + 1].submit(batch, self)
-        if last or self.targets[index]:
-            stage = self.stages[k][1]
-            cost = host.hop / 2 + size * (host.row + stage.bytes_out * host.nbyte) + stage.overhead
-            self.loop.do(cost, self._publish, batch, index, last)
+        """Go on after a stage: to those of this worker that follow, or out."""
+        k = self._order[index]
+        stage, last = self.stages[k][1], k + 1 == len(self.stages)
+        gone = self._left.pop(batch, None) if last else None
+        staying: Batch | None = batch
+        if stage.leaves:
+            staying, gone = self._part(batch, stage.leaves, gone)
+        if staying is not None and gone is not None and not last:
+            self._left[staying] = gone
+        elif gone is not None and self.exit is not None:
+            self._out(gone, [self.exit], 0.0, done=True)
+        if staying is None:
+            return
+        for place, parts in self.following.get(index, ()):
+            self._on(staying, place, parts)
+        if last or self.outlets[index]:
+            self._out(staying, list(self.outlets[index].values()), stage.overhead, done=last)
 
-    def _publish(self, batch: Batch, index: int, last: bool) -> None:
+    def _part(self, batch: Batch, share: float, gone: Batch | None) -> tuple[Batch | None, ...]:
+        """Return the rows that stay and those that leave, with those that left before."""
+        leaving = self.machine.random.random(len(batch.sent)) < share
+        out = [k for k, leaves in enumerate(leaving) if leaves]
+        if not out:
+            return batch, gone
+        rest = [k for k, leaves in enumerate(leaving) if not leaves]
+        left = batch.some(out)
+        if gone is not None:
+            left.sent = [*left.sent, *gone.sent]
+            left.rows = [*(left.rows or ()), *(gone.rows or ())]
+        return (batch.some(rest) if rest else None), left
+
+    def _on(self, batch: Batch, place: int, parts: int) -> None:
+        """Hand it to a stage of this worker, once all that it reads is there."""
+        if parts > 1:
+            have = batch.parts[self, place] = batch.parts.get((self, place), 0) + 1
+            if have < parts:
+                return
+            del batch.parts[self, place]
+        self.machine.tally.enter(self.stages[place][0], len(batch.sent))
+        self.devices[place].submit(batch, self)
+
+    def _out(self, batch: Batch, outlets: Sequence[Outlet], overhead: float, *, done: bool) -> None:
+        host, size = self.machine.host, len(batch.sent)
+        each = sum(host.hop / 2 + size * (host.row + o.nbytes * host.nbyte) for o in outlets)
+        self.loop.do(each + overhead, self._publish, batch, outlets, done)
+
+    def _publish(self, batch: Batch, outlets: Sequence[Outlet], done: bool) -> None:
         clock, link = self.machine.clock, self.machine.link
-        nbytes = len(batch.sent) * self.stages[self._order[index]][1].bytes_out
-        for readers in self.targets[index]:
-            target = readers[batch.partition]
+        for outlet in outlets:
+            nbytes = len(batch.sent) * outlet.nbytes
             self._sent_at = max(clock.now, self._sent_at) + link.beta * nbytes
             arrives = self._sent_at + link.alpha
-            if arrives > clock.now:
-                clock.at(arrives, target.add, batch)
-            else:
-                target.add(batch)
-        if last:
+            for reader in outlet.readers(batch):
+                if arrives > clock.now:
+                    clock.at(arrives, reader.add, batch)
+                else:
+                    reader.add(batch)
+        if done:
             self._inhand -= len(batch.sent)
             if self._stalled and self._inhand < self._limit:
                 self._stalled = False
@@ -356,15 +331,11 @@ class Sink(Inner):
     def _take(self, found: Sequence[Batch]) -> None:
         answers: list[Batch] = []
         for batch in found:
-            if self.parts > 1:
+            if self.parts > 1 and batch.rows is None:
                 have = batch.parts[self] = batch.parts.get(self, 0) + 1
                 if have < self.parts:
                     continue
-            lane = self.machine.tally.lanes[batch.partition]
-            lane.held[batch.number] = batch
-            while (turn := lane.held.pop(lane.next, None)) is not None:
-                lane.next += 1
-                answers.append(turn)
+            answers += self.machine.tally.lanes[batch.partition].in_turn(batch)
         rows = sum(len(batch.sent) for batch in answers)
         host = self.machine.host
         cost = rows * host.answer + len(answers) * host.settle

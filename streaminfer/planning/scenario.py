@@ -7,23 +7,48 @@ or by hand; nothing here knows torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from streaminfer.errors import ConfigError
-from streaminfer.spec import did_you_mean
 
-__all__ = ["Arrivals", "Floats", "Host", "Ints", "Link", "Pattern", "Scenario", "SimStage"]
+__all__ = [
+    "Arrivals",
+    "Floats",
+    "Host",
+    "Ints",
+    "Link",
+    "Pattern",
+    "Scenario",
+    "SimStage",
+    "StageTimes",
+]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Pattern = Literal["constant", "poisson", "burst"]
 PATTERNS: tuple[Pattern, ...] = ("constant", "poisson", "burst")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What was measured of one stage.
+
+    Attributes:
+        seconds: of one device call by batch size, on the first replica's device.
+        spread: (third quartile - first) / median of the groups of calls, at the largest batch.
+        speeds: of each replica's device, relative to the first; () if all are alike.
+        leaves: 0-1: rows that had their answer at the stage's exit.
+    """
+
+    seconds: Mapping[int, float]
+    spread: float = 0.0
+    speeds: tuple[float, ...] = ()
+    leaves: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +60,16 @@ class SimStage:
         speeds: one relative speed per replica; 2.0 computes in half of `seconds`.
         bytes_out: per sample, as it travels.
         overhead: seconds of the worker's event loop per micro-batch, beside `Host`'s.
-        local: it shares a worker with the stage before it: no hop.
+        local: it shares a worker with what it reads: no hop.
         threads: cores that one call keeps busy (where `Host.cores` are shared).
         python: seconds of every call in which the interpreter's lock is held.
         reads: the stages whose output it needs, all of them; None: the one before it.
+        bytes_in: per sample, of each that it reads; None: all that they send.
+        topic: stages that read the same one are sent what is in it once; "": one of its own.
+        balance: micro-batches reach any of its replicas, whatever their partition.
+        leaves: 0-1: rows that have their answer here and go to the sink.
         device: what `prices` call it.
+        shares: what each replica asks of the partitions; None: by its speed.
     """
 
     name: str
@@ -53,7 +83,12 @@ class SimStage:
     threads: int = 1
     python: float = 0.0
     reads: tuple[str, ...] | None = None
+    bytes_in: tuple[float, ...] | None = None
+    topic: str = ""
+    balance: bool = False
+    leaves: float = 0.0
     device: str = "cpu"
+    shares: tuple[float, ...] | None = None
 
     def table(self) -> list[float]:
         """Return the seconds of a batch of n samples at index n, 0 to `batch_max`."""
@@ -156,10 +191,11 @@ class Host:
         factors = dict.fromkeys(samples, by_sample) | dict.fromkeys(batches, by_batch)
         return replace(self, **{name: getattr(self, name) * by for name, by in factors.items()})
 
-    def loop_seconds(self, samples: float, batches: float, stages: int, hops: int) -> float:
+    def loop_seconds(self, samples: float, batches: float, stages: int, hops: float) -> float:
         """Return the event loop's seconds for samples that cross so many stages and hops.
 
-        A hop is what a worker publishes: stages joined by local edges share one.
+        A hop is a message that is sent and read: stages joined by local edges share one, and a
+        gather has one for each of its parts.
         """
         each = self.client + self.receive + self.answer + 2 * self.row * hops
         return samples * each + batches * (
@@ -233,12 +269,6 @@ class Scenario:
     seed: int = 0
     prices: Mapping[str, float] = field(default_factory=dict)  # $ per hour of a device
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot run, with the remedy."""
-        if problem := next(self._problems(), None):
-            where, text, hint = problem
-            raise ConfigError(text, where=where, hint=hint)
-
     def sources(self) -> list[tuple[int, ...]]:
         """Return, for each stage, the indices of those it reads; () is the input topic."""
         index = {stage.name: k for k, stage in enumerate(self.stages)}
@@ -247,54 +277,43 @@ class Scenario:
             for k, stage in enumerate(self.stages)
         ]
 
-    def _problems(self) -> Iterator[tuple[str, str, str]]:
-        if not self.stages:
-            yield "stages", "there is no stage to simulate", "a pipeline has at least one"
-        names = [stage.name for stage in self.stages]
-        for name, again in pairwise(sorted(names)):
-            if name == again:
-                yield "stages", f"two stages are called {name!r}", "give each its own name"
-        for k, stage in enumerate(self.stages):
-            yield from _stage_problems(stage, names[:k])
-        yield from self._load_problems()
+    def groups(self) -> list[list[int]]:
+        """Return the indices of each worker's stages: a local one is where what it reads is."""
+        found: list[list[int]] = []
+        home: dict[int, list[int]] = {}
+        for k, (stage, reads) in enumerate(zip(self.stages, self.sources(), strict=True)):
+            if stage.local and reads:
+                home[k] = home[reads[0]]
+            else:
+                found.append([])
+                home[k] = found[-1]
+            home[k].append(k)
+        return found
 
-    def _load_problems(self) -> Iterator[tuple[str, str, str]]:
-        load = self.arrivals
-        if (load.rate is None) == (load.window is None):
-            yield "arrivals", "a load is a rate or a window, one of them", "--rate 200"
-        if load.rate is not None and not (load.rate > 0 and math.isfinite(load.rate)):
-            yield "rate", f"the rate is {load.rate:g} a second", "give more than 0: --rate 200"
-        if load.window is not None and load.window < 1:
-            yield "arrivals.window", f"{load.window} samples in the loop", "give 1 or more"
-        if load.pattern not in PATTERNS:
-            yield "arrivals", f"no pattern {load.pattern!r}", did_you_mean(load.pattern, PATTERNS)
-        if load.burst < 1 or load.skew < 0:
-            yield "arrivals", "burst is at least 1, skew at least 0", ""
-        if min(self.partitions, self.window, self.sinks) < 1:
-            yield "partitions", "partitions, window and sinks are at least 1", ""
-        if not 0 <= self.warm < self.seconds:
-            yield "seconds", f"{self.seconds:g} s, of which {self.warm:g} s warm up", "run longer"
-        if self.host.cores is not None and self.host.cores <= 0:
-            yield "host.cores", f"{self.host.cores:g} cores", "give more than 0"
+    def hops(self) -> float:
+        """Return the messages that a micro-batch is, each sent once and read once.
 
+        Those that are sent once and read by several count half for each end.
+        """
+        sources = self.sources()
+        outlets, read = set(), 0
+        within = {k for group in self.groups() for k in group[:-1]}
+        for group in self.groups():
+            first = self.stages[group[0]]
+            outlets |= {(k, first.topic or first.name) for k in sources[group[0]]}
+            read += len(sources[group[0]])
+        ends = len(set(range(len(self.stages))) - within - {k for k, _ in outlets})
+        exits = sum(stage.leaves > 0 for stage in self.stages)
+        return (len(outlets) + read) / 2 + ends + exits
 
-def _stage_problems(stage: SimStage, before: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    name = stage.name
-    if not stage.speeds:
-        yield name, f"stage {name!r} has no replicas", f"give it one: --replicas {name}=1"
-    if any(not (speed > 0 and math.isfinite(speed)) for speed in stage.speeds):
-        yield name, f"stage {name!r} has a replica of speed 0", "a speed is more than 0"
-    if not stage.seconds:
-        yield name, f"nobody knows how long stage {name!r} takes", "profile it, or give seconds"
-    if any(n < 1 or not (t >= 0 and math.isfinite(t)) for n, t in stage.seconds.items()):
-        yield name, f"stage {name!r} has a time below 0, or of a batch below 1", "measure again"
-    if stage.batch_max < 1 or not stage.batch_wait >= 0:
-        yield name, f"batch.max {stage.batch_max}, batch.wait {stage.batch_wait:g}", "max ≥ 1"
-    if before and stage.reads == ():
-        yield name, f"stage {name!r} reads nothing", "the first stage alone reads the input"
-    for other in stage.reads or ():
-        if other not in before:
-            hint = did_you_mean(other, before) if before else "the first stage reads the input"
-            yield name, f"stage {name!r} reads {other!r}, which is no stage before it", hint
-    if stage.local and (not before or stage.reads not in (None, (before[-1],))):
-        yield name, f"stage {name!r} is local but has no one stage before it", "drop local"
+    def reach(self) -> list[float]:
+        """Return the share of the samples that comes to each stage: some leave at exits."""
+        found: list[float] = []
+        for reads in self.sources():
+            found.append(min((found[k] * (1 - self.stages[k].leaves) for k in reads), default=1.0))
+        return found
+
+    def bottleneck(self) -> str:
+        """Return the stage that can carry the least samples of the input a second."""
+        loads = zip(self.stages, self.reach(), strict=True)
+        return min(loads, key=lambda one: one[0].capacity() / max(one[1], 1e-9))[0].name

@@ -15,9 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from streaminfer.planning.device import Device, Machine
 from streaminfer.planning.events import Clock, Cores, Loop
-from streaminfer.planning.road import Device, Ingest, Inner, Machine, Sink, Worker
-from streaminfer.planning.scenario import Arrivals, Floats, Host, Link, Pattern, Scenario, SimStage
+from streaminfer.planning.road import Ingest, Inner, Outlet, Sink, Worker
+from streaminfer.planning.sanity import check
+from streaminfer.planning.scenario import (
+    Arrivals,
+    Floats,
+    Host,
+    Link,
+    Pattern,
+    Scenario,
+    SimStage,
+    StageTimes,
+)
 from streaminfer.planning.tally import Lane, Tally
 from streaminfer.transport.assignor import Member, assign
 
@@ -30,6 +41,7 @@ __all__ = [
     "Report",
     "Scenario",
     "SimStage",
+    "StageTimes",
     "cost_per_million",
     "simulate",
     "summary",
@@ -82,9 +94,9 @@ def simulate(scenario: Scenario) -> Report:
     """Run a scenario. The same scenario gives the same report.
 
     Raises:
-        ConfigError: what `Scenario.check` raises.
+        ConfigError: what cannot run, with the remedy.
     """
-    scenario.check()
+    check(scenario)
     run = _Run(scenario)
     run.go()
     return run.report()
@@ -111,8 +123,9 @@ class _Run:
         self._cores = Cores(self._clock, scenario.host.cores)
         decoders = 1 if scenario.host.cores is None else max(1, int(scenario.host.cores) // 2)
         self._machine = Machine(
-            self._clock, self._cores, scenario.host, scenario.link, self._tally, decoders
-        )
+            self._clock, self._cores, scenario.host, scenario.link, self._tally, decoders,
+            np.random.default_rng((scenario.seed, 2)),
+        )  # fmt: skip
         self._loops = [Loop(self._clock, self._cores)]
         self._lanes = [Lane(n) for n in range(scenario.partitions)]
         self._tally.lanes = self._lanes
@@ -120,36 +133,42 @@ class _Run:
         self._ingests: list[Ingest] = []
         self._owners: list[Ingest] = []  # of each partition
         self._sent = 0  # samples that were sent
+        self._outlets: list[dict[str, Outlet]] = [{} for _ in scenario.stages]  # by topic
         self._build()
 
     # ---- the workers ---------------------------------------------------------------------------
 
     def _build(self) -> None:
         stages, sources = self._scenario.stages, self._scenario.sources()
-        groups: list[list[int]] = []
-        for k, stage in enumerate(stages):
-            groups[-1].append(k) if stage.local else groups.append([k])
-        targets: dict[int, list[Sequence[Inner]]] = {k: [] for k in range(len(stages))}
+        groups, workers = self._scenario.groups(), list[Worker]()
         for group in groups:
             members = [(k, stages[k]) for k in group]
-            reads = sources[group[0]]
-            owned = self._shares(stages[group[0]].speeds)
-            if reads:
-                inner = [Inner(self._machine, self._loop(), members) for _ in owned]
-                self._feed(inner, owned, reads, targets)
+            first = members[0][1]
+            owned = self._shares(first.shares or first.speeds)
+            here: Sequence[Worker]
+            if sources[group[0]]:
+                here = inner = [Inner(self._machine, self._loop(), members) for _ in owned]
+                self._feed(inner, owned, sources[group[0]], first)
             else:
                 self._first(members, owned)
-            workers: Sequence[Worker] = inner if reads else self._ingests
-            for r, worker in enumerate(workers):
-                worker.targets = targets
+                here = self._ingests
+            following = _following(group, sources)
+            for r, worker in enumerate(here):
+                worker.outlets, worker.following = dict(enumerate(self._outlets)), following
                 worker.devices = [
                     Device(self._machine, k, s, s.speeds[r % len(s.speeds)], worker.loop)
                     for k, s in members
                 ]
+            workers += here
         inside = {k for group in groups for k in group[:-1]}
-        ends = [k for k, readers in targets.items() if not readers and k not in inside]
+        ends = [k for k, out in enumerate(self._outlets) if not out and k not in inside]
         sinks = [Sink(self._machine, self._loop(), ()) for _ in range(self._scenario.sinks)]
-        self._feed(sinks, self._shares((1.0,) * len(sinks)), ends, targets)
+        dealt = self._shares((1.0,) * len(sinks))
+        owners = self._feed(sinks, dealt, ends, SimStage("", {}, topic="sink"))
+        leaving = Outlet(max(stages[k].bytes_out for k in ends), len(self._lanes))
+        leaving.groups.append(owners)
+        for worker in workers:
+            worker.exit = leaving
 
     def _first(
         self, members: Sequence[tuple[int, SimStage]], owned: Sequence[Sequence[int]]
@@ -168,16 +187,20 @@ class _Run:
         workers: Sequence[Inner],
         owned: Sequence[Sequence[int]],
         reads: Sequence[int],
-        targets: Mapping[int, list[Sequence[Inner]]],
-    ) -> None:
-        """Let workers read these stages, each its own partitions."""
-        nbytes = sum(self._scenario.stages[k].bytes_out for k in reads)
+        first: SimStage,
+    ) -> Sequence[Inner]:
+        """Let workers read these stages, each its own partitions; return each one's owner."""
+        stages, count = self._scenario.stages, len(self._lanes)
+        sizes = first.bytes_in or [stages[k].bytes_out for k in reads]
         owner: dict[int, Inner] = {}
         for worker, numbers in zip(workers, owned, strict=True):
-            worker.reads(nbytes, len(reads))
+            worker.reads(sum(sizes), len(reads))
             owner |= dict.fromkeys(numbers, worker)
-        for k in reads:
-            targets[k].append([owner[n] for n in range(len(self._lanes))])
+        owners = [owner[n] for n in range(count)]
+        for k, nbytes in zip(reads, sizes, strict=True):
+            made = Outlet(nbytes, count, balance=first.balance)
+            self._outlets[k].setdefault(first.topic or first.name, made).groups.append(owners)
+        return owners
 
     def _shares(self, weights: Sequence[float]) -> list[list[int]]:
         """Deal the partitions to replicas as a consumer group does."""
@@ -265,8 +288,8 @@ class _Run:
         busy = {s.name: tally.busy[k] / span / len(s.speeds) for k, s in enumerate(stages)}
         devices = sum(len(s.speeds) for s in stages)
         sizes = [
-            sum(stages[r].bytes_out for r in reads) if reads else scenario.bytes_in
-            for reads in scenario.sources()
+            sum(s.bytes_in or [stages[r].bytes_out for r in reads]) if reads else scenario.bytes_in
+            for s, reads in zip(stages, scenario.sources(), strict=True)
         ]
         queues = {
             s.name: _queue(gauge.mean(), gauge.largest, nbytes)
@@ -285,7 +308,7 @@ class _Run:
             inflight=tally.inflight.mean(),
             inflight_max=tally.inflight.largest,
             saturated=self._grows(len(done)),
-            bottleneck=min(stages, key=SimStage.capacity).name,
+            bottleneck=scenario.bottleneck(),
             cost=cost_per_million(stages, throughput, scenario.prices),
             events=self._clock.events,
         )
@@ -297,6 +320,17 @@ class _Run:
         arrived = int(np.count_nonzero(self._times >= self._scenario.warm))
         chance = 3 * math.sqrt(self._tally.inflight.mean())
         return arrived - answered > 0.03 * arrived + chance
+
+
+def _following(
+    group: Sequence[int], sources: Sequence[Sequence[int]]
+) -> dict[int, list[tuple[int, int]]]:
+    """Return, for each stage of a worker, the places of those that read it, and their parts."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for place, k in enumerate(group[1:], 1):
+        for source in sources[k]:
+            found.setdefault(source, []).append((place, len(sources[k])))
+    return found
 
 
 def summary(sent: Floats, done: Floats, span: float) -> tuple[float, float, float, float]:

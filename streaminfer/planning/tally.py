@@ -11,13 +11,22 @@ __all__ = ["Batch", "Lane", "Tally"]
 
 
 class Batch:
-    """A micro-batch: samples of one partition, formed once."""
+    """A micro-batch: samples of one partition, formed once; or those of its rows that are left."""
 
-    __slots__ = ("number", "partition", "parts", "sent")
+    __slots__ = ("number", "partition", "parts", "rows", "sent", "whole")
 
     def __init__(self, partition: int, number: int, sent: Sequence[float]) -> None:
         self.partition, self.number, self.sent = partition, number, sent
         self.parts: dict[object, int] = {}  # what a gather has of it
+        self.rows: Sequence[int] | None = None  # which of the micro-batch; None: all
+        self.whole = len(sent)  # samples of the micro-batch
+
+    def some(self, at: Sequence[int]) -> Batch:
+        """Return the rows at these places of this one."""
+        found = Batch(self.partition, self.number, [self.sent[k] for k in at])
+        found.rows = at if self.rows is None else [self.rows[k] for k in at]
+        found.whole = self.whole
+        return found
 
 
 class Lane:
@@ -25,7 +34,7 @@ class Lane:
 
     __slots__ = (
         "answered", "backlog", "blocked", "closed", "committed", "count", "entered", "held", "log",
-        "next", "number", "seen", "since",
+        "next", "number", "pieces", "row", "seen", "since",
     )  # fmt: skip
 
     def __init__(self, number: int) -> None:
@@ -37,7 +46,36 @@ class Lane:
         self.entered = self.answered = self.committed = self.seen = 0
         self.closed = self.blocked = False
         self.next = 0  # the micro-batch whose turn it is at the sink
+        self.row = 0  # of it, where its rows came apart
         self.held: dict[int, Batch] = {}
+        self.pieces: dict[int, tuple[int, dict[int, float]]] = {}  # size; when sent, by row
+
+    def in_turn(self, batch: Batch) -> list[Batch]:
+        """Hold it; return all that nothing before it is missing of."""
+        if batch.rows is None:
+            self.held[batch.number] = batch
+        else:
+            _, found = self.pieces.setdefault(batch.number, (batch.whole, {}))
+            found |= zip(batch.rows, batch.sent, strict=True)
+        turns: list[Batch] = []
+        while True:
+            if (turn := self.held.pop(self.next, None)) is not None:
+                self.next += 1
+                turns.append(turn)
+            elif (pieces := self.pieces.get(self.next)) is not None:
+                whole, rows = pieces
+                sent = []
+                while self.row in rows:
+                    sent.append(rows.pop(self.row))
+                    self.row += 1
+                if sent:
+                    turns.append(Batch(self.number, self.next, sent))
+                if self.row < whole:
+                    return turns
+                del self.pieces[self.next]
+                self.next, self.row = self.next + 1, 0
+            else:
+                return turns
 
 
 class Tally:

@@ -1,6 +1,7 @@
 """Change a number of a scenario by its name: `trunk.seconds=0.5x`, `link.alpha=2ms`.
 
-    STAGE.…      seconds, speed, replicas, batch.max, batch.wait, bytes, overhead, threads
+    STAGE.…      seconds, speed, replicas, batch.max, batch.wait, bytes, overhead, threads,
+                 exit: the share of its rows that leave at its exit
     batch.…      max, wait: of every stage
     link.…       alpha, beta (or a bandwidth: 100MB/s)
     host.…       cores and every cost of the engine
@@ -45,6 +46,13 @@ def _size(text: str) -> float:
     return parse_size(text)
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError("expected a share from 0 to 1")
+    return value
+
+
 STAGE: dict[str, Read] = {
     "seconds": parse_duration,
     "speed": float,
@@ -54,6 +62,7 @@ STAGE: dict[str, Read] = {
     "bytes": _size,
     "overhead": parse_duration,
     "threads": _whole,
+    "exit": _share,
 }
 BATCH: dict[str, Read] = {"batch.max": _whole, "batch.wait": parse_duration}
 LINK: dict[str, Read] = {"link.alpha": parse_duration, "link.beta": _beta}
@@ -112,7 +121,7 @@ def with_replicas(scenario: Scenario, text: str) -> Scenario:
 
 
 def _change(scenario: Scenario, key: str, value: str) -> Scenario:
-    room, _, rest = key.partition(".")
+    room, rest = _parted(scenario, key)
     if key in BATCH:
         field, read = key.replace(".", "_"), BATCH[key]
         stages = [
@@ -132,8 +141,23 @@ def _change(scenario: Scenario, key: str, value: str) -> Scenario:
         return _load(scenario, key, value)
     if key in REST:
         return replace(scenario, **{key: _value(value, getattr(scenario, key), REST[key])})
-    stages = [_stage(s, rest, value) if s.name == room else s for s in scenario.stages]
+    rooms = {room}
+    if rest == "replicas":  # of a worker: all of its stages
+        names = [[scenario.stages[k].name for k in group] for group in scenario.groups()]
+        rooms = next(set(group) for group in names if room in group)
+    stages = [_stage(s, rest, value) if s.name in rooms else s for s in scenario.stages]
+    if rest == "bytes":
+        stages = [_read_anew(s, scenario.stages, stages) for s in stages]
     return replace(scenario, stages=stages)
+
+
+def _parted(scenario: Scenario, key: str) -> tuple[str, str]:
+    """Return whose number it is, and which: names of stages may have dots."""
+    for stage in scenario.stages:
+        if key.startswith(f"{stage.name}.") and key[len(stage.name) + 1 :] in STAGE:
+            return stage.name, key[len(stage.name) + 1 :]
+    room, _, rest = key.partition(".")
+    return room, rest
 
 
 def _load(scenario: Scenario, key: str, value: str) -> Scenario:
@@ -159,11 +183,23 @@ def _stage(stage: SimStage, key: str, value: str) -> SimStage:
         return replace(stage, speeds=speeds)
     if key == "replicas":
         count = int(_value(value, len(stage.speeds), read))
-        return replace(
-            stage, speeds=tuple(stage.speeds[k % len(stage.speeds)] for k in range(count))
-        )
-    field = {"bytes": "bytes_out"}.get(key, key.replace(".", "_"))
+        speeds = tuple(stage.speeds[k % len(stage.speeds)] for k in range(count))
+        shares = stage.shares and tuple(stage.shares[k % len(stage.shares)] for k in range(count))
+        return replace(stage, speeds=speeds, shares=shares)
+    field = {"bytes": "bytes_out", "exit": "leaves"}.get(key, key.replace(".", "_"))
     return replace(stage, **{field: _value(value, getattr(stage, field), read)})
+
+
+def _read_anew(stage: SimStage, before: Sequence[SimStage], after: Sequence[SimStage]) -> SimStage:
+    """Let what a stage reads weigh as much more or less as what is sent."""
+    if stage.bytes_in is None or stage.reads is None:
+        return stage
+    by = {
+        old.name: new.bytes_out / old.bytes_out if old.bytes_out else 1.0
+        for old, new in zip(before, after, strict=True)
+    }
+    sizes = zip(stage.reads, stage.bytes_in, strict=True)
+    return replace(stage, bytes_in=tuple(by[name] * nbytes for name, nbytes in sizes))
 
 
 def _value(text: str, old: float | None, read: Read) -> Any:

@@ -1,0 +1,102 @@
+"""From the cells of a plan to the stages of a simulation: who reads what, where, how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from streaminfer.errors import ConfigError
+from streaminfer.plan import ITEMSIZE, Plan, StagePlan
+from streaminfer.planning.scenario import SimStage, StageTimes
+from streaminfer.spec import PipelineSpec
+from streaminfer.topics import ANSWER
+from streaminfer.topology import WorkerSpec, build
+
+__all__ = ["cells"]
+
+
+def cells(
+    spec: PipelineSpec, plan: Plan, times: Mapping[str, StageTimes], devices: Sequence[str] = ()
+) -> list[SimStage]:
+    """Return a stage for every cell of the plan, in its order.
+
+    Args:
+        spec: where they run.
+        plan: what they are.
+        times: of each, by name.
+        devices: what `prices` call the declared stages' devices, in order, or one for all.
+
+    Raises:
+        ConfigError: not as many devices as there are stages.
+    """
+    paths = list(dict.fromkeys(s.path for s in plan.stages if s.kind in ("stage", "part")))
+    if devices and len(devices) not in (1, len(paths)):
+        raise ConfigError(
+            f"{len(devices)} devices for {len(paths)} stages",
+            where="--devices",
+            hint="name one for each stage, or one for all",
+        )
+    called = {path: devices[k % len(devices)] for k, path in enumerate(paths)} if devices else {}
+    roles = {name: role for role in build(spec, plan).workers for name in role.stages}
+    found = []
+    for stage in plan.stages:
+        role = roles[stage.name]
+        device = called.get(stage.path, devices[0] if devices else role.device(stage.name, 0))
+        found.append(_cell(spec, plan, stage, role, times[stage.name], device))
+    return found
+
+
+def _cell(
+    spec: PipelineSpec,
+    plan: Plan,
+    stage: StagePlan,
+    role: WorkerSpec,
+    times: StageTimes,
+    device: str,
+) -> SimStage:
+    from streaminfer.runtime.compute import share
+
+    batch = spec.batch_of(stage.path)
+    return SimStage(
+        name=stage.name,
+        seconds=times.seconds,
+        speeds=times.speeds or (1.0,) * role.replicas,
+        batch_max=batch.max,
+        batch_wait=batch.wait,
+        bytes_out=_bytes_out(plan, stage),
+        local=stage.name != role.stages[0],
+        threads=spec.stage(stage.path).threads or share(spec, plan),
+        reads=tuple(source.stage for source in stage.sources),
+        bytes_in=tuple(_bytes_in(plan, stage, source.tensors) for source in stage.sources),
+        topic=role.source,
+        balance=role.balanced,
+        # inside a fan those that leave go to its gather, as the others do
+        leaves=times.leaves if stage.exit and not stage.gather else 0.0,
+        device=device,
+        shares=role.shares,
+    )
+
+
+def _bytes_in(plan: Plan, stage: StagePlan, tensors: Sequence[str]) -> float:
+    """Return the bytes of a sample's tensors as they come into a stage."""
+    total = 0
+    for spec in stage.inputs:
+        if spec.name in tensors:
+            total += spec.row_bytes(stage.edge.dtype)
+    if _carries_pixels(plan, stage):  # uint8, whatever the model takes
+        first = stage.inputs[0]
+        total -= first.row_bytes(stage.edge.dtype) - first.row_bytes() // ITEMSIZE[first.dtype]
+    return float(total)
+
+
+def _carries_pixels(plan: Plan, stage: StagePlan) -> bool:
+    return stage.pixels and plan.input.decode == "image"
+
+
+def _bytes_out(plan: Plan, stage: StagePlan) -> float:
+    """Return the bytes of a sample in all that a stage sends, each topic once."""
+    takers = plan.consumers(stage.name)
+    if not takers:
+        raw = sum(tensor.row_bytes() for tensor in stage.outputs)
+        return float(min(raw, ANSWER * plan.top_k) if plan.top_k else raw)
+    sent = {tensors: _bytes_in(plan, taker, tensors) for taker, tensors in takers}
+    return sum(sent.values())

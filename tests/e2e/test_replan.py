@@ -1,0 +1,154 @@
+"""Advice about a running pipeline: it must reach its workers, and its file must run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.digits.images import scans
+from streaminfer import LocalPipeline
+from streaminfer.commands import plan_of, print_advice, replan
+from streaminfer.commands.replan import _changed, addresses
+from streaminfer.errors import ConfigError
+from streaminfer.planning.live import Change
+from streaminfer.spec import PipelineSpec
+from streaminfer.spec.file import load
+from streaminfer.topology import build
+from tests.e2e.conftest import digits_file
+
+
+@asynccontextmanager
+async def busy(pipeline: LocalPipeline) -> AsyncIterator[None]:
+    """Keep a pipeline at work."""
+
+    async def work() -> None:
+        async with pipeline.client() as client:
+            while True:
+                async for _ in client.stream(images):
+                    pass
+
+    images = [value for _, _, value in scans()[:256]]
+    working = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+async def test_a_running_pipeline_is_read_and_judged(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = load(digits_file(folder, batch={"max": 8, "wait": "1ms"}))
+    where, plan = plan_of(spec, folder / "plan", False)
+    out = folder / "new.yaml"
+    async with LocalPipeline(spec, plan, where, port=0) as pipeline:
+        targets = folder / "targets.json"
+        targets.write_text(json.dumps([{"targets": [pipeline.address.removeprefix("http://")]}]))
+        idle = await replan(spec, [pipeline.address], over=0.2, folder=where)
+        assert idle.verdict == "measure longer"
+        async with busy(pipeline):
+            await asyncio.sleep(0.5)
+            advice = await replan(spec, [str(targets)], over="3s", folder=where, out=out)
+    assert advice.verdict in ("change", "leave"), advice.why
+    assert advice.stages is not None
+    assert list(advice.stages) == ["stem", "trunk", "head"]
+    for cell in advice.stages.values():
+        assert cell.samples >= 200
+        assert 0 < cell.each < 1
+        assert cell.bytes_out > 0
+    assert 0 < advice.busy <= 1.1
+    assert advice.rate > 0
+    assert advice.capacity >= 0.5 * advice.rate  # the law holds
+    assert out.exists() == (advice.change is not None)
+    print_advice(advice, as_json=True)
+    assert json.loads(capsys.readouterr().out)["bottleneck"] in advice.stages
+    print_advice(advice, out=out)
+    assert advice.bottleneck in capsys.readouterr().out
+
+
+FAN = [
+    {"name": "stem", "until": "stem"},
+    {"name": "trunk", "until": "early", "split": {"by": "channels", "parts": 2}},
+    {"name": "head"},
+]
+THREE = [
+    {"name": "stem", "until": "stem"},
+    {"name": "trunk", "until": "early", "replicas": 2, "device": ["cpu", "cpu"], "shares": [2, 1]},
+    {"name": "head"},
+]
+
+
+@pytest.mark.parametrize(
+    ("stages", "change", "found"),
+    [
+        (THREE, Change("replica", "trunk", "", 1.0, 1.0, 3), "stem 1 trunk 3 head 1"),
+        (THREE, Change("cut", "trunk", "", 1.0, 1.0, until="down"), "stem 1 trunk 2 head 1"),
+        (THREE, Change("whole", "", "", 1.0, 1.0, 4), "whole 4"),
+        (FAN, Change("replica", "trunk", "", 1.0, 1.0, 2), "stem 1 trunk.0 2 trunk.1 2 head 1"),
+        (FAN, Change("replica", "head", "", 1.0, 1.0, 2), "stem 1 trunk.0 1 trunk.1 1 head 2"),
+    ],
+)
+def test_the_changed_file_runs(
+    folder: Path, stages: list[dict[str, Any]], change: Change, found: str
+) -> None:
+    spec, plan = planned(folder, stages)
+    file = folder / "new.yaml"
+    file.write_text(_changed(spec, plan, change))
+    new = load(file)
+    _, made = plan_of(new, folder / "new", False)
+    workers = build(new, made).workers[:-1]
+    assert " ".join(f"{worker.name} {worker.replicas}" for worker in workers) == found
+    if change.kind == "cut":
+        assert made.stages[1].layers[-1] == change.until
+
+
+def planned(folder: Path, stages: list[dict[str, Any]]) -> tuple[PipelineSpec, Any]:
+    digits_file(folder)
+    raw = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    raw["stages"] = stages
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(raw))
+    spec = load(folder / "pipeline.yaml")
+    return spec, plan_of(spec, folder / "plan", False)[1]
+
+
+def test_addresses_are_urls_ports_or_the_file_of_targets(folder: Path) -> None:
+    file = folder / "x.targets.json"
+    file.write_text(json.dumps([{"targets": ["a:1"], "labels": {}}, {"targets": ["b:2"]}]))
+    assert addresses([str(file), "http://c:3", "http://a:1/metrics", "d:4/own"]) == [
+        "http://a:1/metrics", "http://b:2/metrics", "http://c:3/metrics", "http://d:4/own",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sources", "more", "words"),
+    [
+        (["http://127.0.0.1:1"], {}, "refused"),
+        (["nothing.json"], {}, "No such file"),
+        (["ftp://a:1"], {}, "no address of a worker"),
+        ([], {}, "no worker is named"),
+        (["a:1"], {"worth": "much"}, "'much' is no gain"),
+        (["a:1"], {"over": "0s"}, "nothing is measured"),
+        (["a:1"], {"over": "soon"}, "duration"),
+        (["a:1"], {"out": Path("/elsewhere/x.yaml")}, "another folder"),
+    ],
+)
+async def test_what_cannot_be_measured_is_said(
+    folder: Path, sources: list[str], more: dict[str, Any], words: str
+) -> None:
+    spec = load(digits_file(folder))
+    with pytest.raises(ConfigError, match=words):
+        await replan(spec, sources, folder=folder / "plan", **more)
+
+
+async def test_the_file_that_runs_is_not_overwritten(folder: Path) -> None:
+    spec = load(digits_file(folder))
+    with pytest.raises(ConfigError, match="the file which runs"):
+        await replan(spec, ["a:1"], out=folder / "pipeline.yaml")
