@@ -17,6 +17,7 @@ FORMS = {
     "all edges local": {"edges": {"default": {"transport": "local"}}},
     "one edge local": {"edges": {"head": {"transport": "local"}}},
     "float16, zstd": {"edges": {"default": {"dtype": "float16", "compress": "zstd"}}},
+    "int8, zstd": {"edges": {"default": {"dtype": "int8", "compress": "zstd"}}},
     "bfloat16, lz4": {"edges": {"default": {"dtype": "bfloat16", "compress": "lz4"}}},
     "a stage twice": {
         "stages": [
