@@ -90,7 +90,7 @@ def plan(  # noqa: PLR0913 - a command's flags
     kafka: Kafka = None,
     codec: Annotated[
         str | None,
-        typer.Option(metavar="auto|float16|bfloat16", help="What travels; auto: chosen by drift."),
+        typer.Option(metavar="auto|float16|int8|…", help="What travels; auto: chosen by drift."),
     ] = None,
     max_drop: Annotated[
         str, typer.Option(metavar="0.1%", help="Answers that `--codec auto` may change.")

@@ -17,6 +17,8 @@ and travels in every envelope.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,7 @@ __all__ = [
     "StagePlan",
     "TensorSpec",
     "exit_files",
+    "scaled",
     "stage_files",
 ]
 
@@ -50,7 +53,10 @@ ITEMSIZE = {
     "U8": 1,
     "BOOL": 1,
 }  # every dtype that may cross a cut, by safetensors' name
-CAST = {"native": None, "float16": "F16", "bfloat16": "BF16"}  # edge dtype → wire dtype of floats
+FLOATS = ("F64", "F32", "F16", "BF16")
+# edge dtype → wire dtype of floats
+CAST = {"native": None, "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+WORTH = 8  # values that a scale of its own is worth: 1.5 bytes each, at the least
 
 
 PRESENT = "present"  # input of a gather that does without some: F32 [rows, sources], 1 or 0
@@ -69,18 +75,31 @@ class TensorSpec(_Frozen):
 
     def row_bytes(self, dtype: str = "native") -> int:
         """Bytes of one sample on an edge of this dtype (a dynamic dimension counts as 1)."""
-        size = ITEMSIZE[self.dtype]
-        if (cast := CAST[dtype]) and self.dtype in ("F64", "F32", "F16", "BF16"):
-            size = min(size, ITEMSIZE[cast])
-        for n in self.shape[1:]:
-            size *= n or 1
-        return size
+        size, values = ITEMSIZE[self.dtype], prod(n or 1 for n in self.shape[1:])
+        if not (cast := CAST[dtype]) or self.dtype not in FLOATS:
+            return values * size
+        if cast != "I8":
+            return values * min(size, ITEMSIZE[cast])
+        dims = scaled(self.shape, size)
+        scales = prod(n or 1 for n in self.shape[1:dims])
+        return values + scales * ITEMSIZE["F32"] if dims else values * size
+
+
+def scaled(shape: Sequence[int | None], itemsize: int) -> int:
+    """Return how many leading dimensions have scales of their own on an int8 edge.
+
+    2: each row's channels; 1: each row; 0: it is not smaller as int8, and stays as it is.
+    """
+    values = prod(n or 1 for n in shape[1:])
+    if len(shape) > 2 and values >= WORTH * (shape[1] or 1):
+        return 2
+    return int(values + ITEMSIZE["F32"] < values * itemsize)
 
 
 class Edge(_Frozen):
     """What comes into a stage, and how: `dtype` and `compress` change the numbers and the bytes."""
 
-    dtype: Literal["native", "float16", "bfloat16"] = "native"
+    dtype: Literal["native", "float16", "bfloat16", "int8"] = "native"
     compress: Literal["none", "zstd", "lz4"] = "none"
 
 

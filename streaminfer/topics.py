@@ -127,7 +127,7 @@ def window(spec: PipelineSpec, plan: Plan, partitions: int) -> int:
             f"{spec.memory / 1e6:.0f} MB",
             where="memory",
             hint="a smaller batch.max, fewer partitions, a cut with less to carry, "
-            "edges with dtype float16, or more memory",
+            "edges with dtype float16 or int8, or more memory",
         )
     return max(batch, min(MOST, spec.memory // (partitions * widest)))
 

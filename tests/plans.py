@@ -157,6 +157,7 @@ EDGES = st.sampled_from(
         {"transport": "local"},
         {"transport": "kafka"},
         {"dtype": "float16"},
+        {"dtype": "int8"},
         {"partitioning": "balance"},
     ]
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from streaminfer.commands.road import KAFKA
 from streaminfer.errors import ConfigError
+from streaminfer.planning.codecs import DTYPE_NAMES
 from streaminfer.planning.planner import Edge
 from streaminfer.planning.profile import Link
 from streaminfer.spec import parse_duration, parse_size
@@ -99,12 +100,11 @@ def share_of(text: str) -> float:
 
 def edge_of(codec: str | None) -> Edge:
     """Return the edge that a codec names; `auto` starts as native. Raises ConfigError."""
-    if codec in (None, "auto", "native"):
+    if codec in (None, "auto"):
         return Edge()
-    if codec == "float16":
-        return Edge("float16")
-    if codec == "bfloat16":
-        return Edge("bfloat16")
+    for dtype in DTYPE_NAMES:
+        if codec == dtype:
+            return Edge(dtype)
     raise ConfigError(
-        f"no codec {codec!r}", where="--codec", hint="auto, native, float16 or bfloat16"
+        f"no codec {codec!r}", where="--codec", hint=f"auto, or {', '.join(DTYPE_NAMES)}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def _parts(found: Profile) -> Table:
     for name in ("ms", "share"):
         table.add_column(name, justify="right")
     table.add_column("", width=16)
-    for name in ("weights", "most alive", "bytes behind it", "as fp16", "zstd", "lz4"):
+    for name in ("weights", "most alive", "bytes behind it", "as fp16", "int8", "zstd", "lz4"):
         table.add_column(name, justify="right")
     total = sum(timing.seconds)
     rows = _joined(found, total / ROWS, timing.seconds)
@@ -71,7 +71,12 @@ def _parts(found: Profile) -> Table:
         cut = next((c for c in found.cuts if c.position == last), None)
         encoded = [
             f"{found.encoding(last, dtype, codec).ratio:.2f}"
-            for dtype, codec in (("float16", "none"), ("native", "zstd"), ("native", "lz4"))
+            for dtype, codec in (
+                ("float16", "none"),
+                ("int8", "none"),
+                ("native", "zstd"),
+                ("native", "lz4"),
+            )
         ]
         table.add_row(
             layer,
@@ -81,7 +86,7 @@ def _parts(found: Profile) -> Table:
             _bytes(sum(n.weight_bytes for n in nodes)),
             _bytes(max(n.peak_bytes for n in nodes)),
             f"{cut.row_bytes:,}" if cut else "",
-            *(encoded if cut else ("", "", "")),
+            *(encoded if cut else [""] * 4),
         )
     return table
 
@@ -117,7 +122,9 @@ def show_plan(outcome: Outcome, console: Console, written: Path | None) -> None:
     for line in outcome.answer.why:
         console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
     console.print()
-    console.print(Group(_stages(best), _others(outcome)))
+    console.print(
+        Group(_stages(best), *([_edges(outcome)] if outcome.choices else []), _others(outcome))
+    )
     if written:
         random = " --random-weights" if outcome.random_weights else ""
         console.print(f"written: {written}", highlight=False)
@@ -146,6 +153,41 @@ def _stages(best: Candidate) -> Table:
             _bytes(stage.weight_bytes),
             _bytes(stage.memory),
             f"{stage.row_bytes:,}",
+        )
+    return table
+
+
+def _edge_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    """Yield what each dtype alone saves and changes at each cut: bytes a sample, drift."""
+    for choice in outcome.choices:
+        point = next(c for c in outcome.profile.cuts if c.position == choice.position)
+        for dtype, drift in choice.alone.items():
+            ratio = outcome.profile.encoding(choice.position, dtype, "none").ratio
+            yield {
+                "until": point.layer,
+                "dtype": dtype,
+                "chosen": dtype == choice.dtype,
+                "row_bytes": round(point.row_bytes * ratio),
+                "saved": 1 / ratio,
+                "drift": asdict(drift),
+            }
+
+
+def _edges(outcome: Outcome) -> Table:
+    table = Table(title="what casting one edge alone saves and changes", **LOOK)
+    for name in ("cut behind", "as"):
+        table.add_column(name)
+    for name in ("bytes/sample", "fewer", "answers changed", "largest error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in _edge_rows(outcome):
+        drift = row["drift"]
+        table.add_row(
+            row["until"],
+            row["dtype"] + (" (chosen)" if row["chosen"] else ""),
+            f"{row['row_bytes']:,}",
+            f"{row['saved']:.2f} x",
+            f"{drift['drop']:.2%}" if drift["classes"] else f"{drift['drop']:.1e}",
+            f"{drift['max_abs']:.1e}",
         )
     return table
 
@@ -228,5 +270,6 @@ def _document(outcome: Outcome) -> dict[str, Any]:
             )
             for edge in [outcome.edges.get(before.last, Edge())]
         },
+        "dtypes": list(_edge_rows(outcome)),
         "drift": asdict(drift) if drift else None,
     }

@@ -19,7 +19,15 @@ from streaminfer.commands.plans import warn
 from streaminfer.commands.road import KAFKA, LOCAL, hop, ingest_seconds
 from streaminfer.commands.tryout import try_out
 from streaminfer.errors import ConfigError
-from streaminfer.planning.codecs import CODECS, Drift, EdgeChoice, best_codec, choose_dtypes
+from streaminfer.planning.codecs import (
+    CODECS,
+    Codec,
+    Drift,
+    Dtype,
+    EdgeChoice,
+    best_codec,
+    choose_dtypes,
+)
 from streaminfer.planning.example import example_batch
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
@@ -191,19 +199,18 @@ def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str 
     rows = _calibration(outcome.subject, folder)
     link = outcome.request.link
 
+    def hop(cut: int, dtype: Dtype) -> tuple[Codec, float]:
+        point = next(c for c in outcome.profile.cuts if c.position == cut)
+        found = {codec: outcome.profile.encoding(cut, dtype, codec) for codec in CODECS}
+        return best_codec(found, link, outcome.answer.best.batch * point.row_bytes)
+
     def chosen(cuts: list[int]) -> tuple[dict[int, Edge], list[EdgeChoice], Drift | None]:
         if not cuts:
             return {}, [], None
-        choices, together = choose_dtypes(runner, captured.cutter, cuts, rows, drop)
-        edges = {}
-        for choice in choices:
-            point = next(c for c in outcome.profile.cuts if c.position == choice.position)
-            found = {
-                codec: outcome.profile.encoding(choice.position, choice.dtype, codec)
-                for codec in CODECS
-            }
-            nbytes = outcome.answer.best.batch * point.row_bytes
-            edges[choice.position] = Edge(choice.dtype, best_codec(found, link, nbytes)[0])
+        choices, together = choose_dtypes(
+            runner, captured.cutter, cuts, rows, drop, lambda cut, dtype: hop(cut, dtype)[1]
+        )
+        edges = {c.position: Edge(c.dtype, hop(c.position, c.dtype)[0]) for c in choices}
         return edges, choices, together
 
     first, _, _ = chosen(_cuts(outcome.answer.best))

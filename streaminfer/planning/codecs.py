@@ -11,21 +11,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx
 
-from streaminfer.parallel import DTYPES
+from streaminfer.cast import cast, uncast
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.parallel.signature import dtype_name
-from streaminfer.plan import CAST
 from streaminfer.planning.profile import CutPoint, Encoding, Link
 from streaminfer.planning.timing import Runner
 from streaminfer.wire import Compression, Tensor, compress, decompress
 
-__all__ = ["Drift", "EdgeChoice", "best_codec", "choose_dtypes", "encodings"]
+__all__ = ["DTYPE_NAMES", "Drift", "EdgeChoice", "best_codec", "choose_dtypes", "encodings"]
 
 SAMPLED = 10  # cuts whose activations are encoded
 REPEATS = 3
-Dtype = Literal["native", "float16", "bfloat16"]
+SAME = 1.1  # times a cost: about equal
+Dtype = Literal["native", "float16", "bfloat16", "int8"]
 T = TypeVar("T")
-DTYPE_NAMES: tuple[Dtype, ...] = ("native", "float16", "bfloat16")
+DTYPE_NAMES: tuple[Dtype, ...] = ("native", "float16", "bfloat16", "int8")
 Codec = Literal["none", "zstd", "lz4"]
 CODECS: tuple[Codec, ...] = ("none", "zstd", "lz4")
 
@@ -39,7 +39,7 @@ def encodings(
 
     def watch(position: int, values: Mapping[fx.Node, Any]) -> None:
         if position in chosen:
-            live = [values[node].contiguous() for node in cutter.live(position)]
+            live = {n.name: values[n].contiguous() for n in cutter.live(position)}
             found.extend(_encoded(position, live))
 
     runner.run(inputs, watch=watch)
@@ -59,14 +59,14 @@ def _spread(points: Sequence[CutPoint]) -> set[int]:
     return {point.position for point in best.values()}
 
 
-def _encoded(position: int, live: Sequence[torch.Tensor]) -> Iterator[Encoding]:
-    total = sum(t.nbytes for t in live)
+def _encoded(position: int, live: Mapping[str, torch.Tensor]) -> Iterator[Encoding]:
+    total = sum(t.nbytes for t in live.values())
     for dtype in DTYPE_NAMES:
-        there, sent = _least(partial(_cast_all, live, dtype))
+        there, sent = _least(partial(cast, live, dtype))
         back, _ = _least(partial(_cast_back, sent, live))
         if dtype == "native":
             there = back = 0.0
-        packed = [_packed(t) for t in sent]
+        packed = [_packed(t) for t in sent.values()]
         yield _row(position, dtype, "none", total, packed, there, back)
         for codec in ("zstd", "lz4"):
             encode, small = _least(partial(_compress_all, packed, codec))
@@ -74,12 +74,10 @@ def _encoded(position: int, live: Sequence[torch.Tensor]) -> Iterator[Encoding]:
             yield _row(position, dtype, codec, total, small, there + encode, back + decode)
 
 
-def _cast_all(live: Sequence[torch.Tensor], dtype: Dtype) -> list[torch.Tensor]:
-    return [_cast(t, dtype) for t in live]
-
-
-def _cast_back(sent: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [s.to(t.dtype) for s, t in zip(sent, like, strict=True)]
+def _cast_back(
+    sent: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    return [uncast(name, sent, tensor.dtype) for name, tensor in like.items()]
 
 
 def _compress_all(packed: Sequence[Tensor], codec: Compression) -> list[Tensor]:
@@ -117,12 +115,6 @@ def _least(work: Callable[[], T]) -> tuple[float, T]:
         result = work()
         seconds.append(time.perf_counter() - began)
     return min(seconds), result
-
-
-def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Cast as an edge of this dtype does: floating-point tensors only."""
-    cast = CAST[dtype]
-    return tensor.to(DTYPES[cast]) if cast and tensor.is_floating_point() else tensor
 
 
 def _packed(tensor: torch.Tensor) -> Tensor:
@@ -170,8 +162,9 @@ def choose_dtypes(
     cuts: Sequence[int],
     batches: Sequence[torch.Tensor],
     max_drop: float,
+    cost: Callable[[int, Dtype], float],
 ) -> tuple[list[EdgeChoice], Drift]:
-    """Choose each edge's dtype: the fewest bytes whose drift, of all edges together, is allowed.
+    """Choose each edge's dtype: the cheapest hop whose drift, of all edges together, is allowed.
 
     Args:
         runner: the whole model, on the CPU.
@@ -179,6 +172,7 @@ def choose_dtypes(
         cuts: positions of the edges.
         batches: calibration input.
         max_drop: share of samples whose top-1 may change; of raw outputs, RMS error ÷ deviation.
+        cost: seconds of a hop at a cut with a dtype; of about equal ones, the error decides.
 
     Returns:
         The choices, and the drift of all of them together.
@@ -191,18 +185,34 @@ def choose_dtypes(
     alone: dict[int, dict[Dtype, Drift]] = {
         cut: {dtype: drift({cut: dtype}) for dtype in DTYPE_NAMES[1:]} for cut in cuts
     }
-    chosen: dict[int, Dtype] = {}
+    allowed: dict[int, list[Dtype]] = {}  # from the cheapest to native, which is always allowed
     for cut, found in alone.items():
-        _, _, dtype = min((d.drop, d.max_abs, name) for name, d in found.items())
-        chosen[cut] = dtype if found[dtype].drop <= max_drop else "native"
+        good = {
+            d: (cost(cut, d), r.drop, r.max_abs) for d, r in found.items() if r.drop <= max_drop
+        }
+        allowed[cut] = [*_worth(good), "native"]
+    chosen = {cut: kinds[0] for cut, kinds in allowed.items()}
     together = drift(chosen)
     while together.drop > max_drop:
         worst = max(
             (c for c in chosen if chosen[c] != "native"), key=lambda c: alone[c][chosen[c]].max_abs
         )
-        chosen[worst] = "native"
+        chosen[worst] = allowed[worst][allowed[worst].index(chosen[worst]) + 1]
         together = drift(chosen)
     return [EdgeChoice(cut, chosen[cut], alone[cut]) for cut in cuts], together
+
+
+def _worth(known: Mapping[Dtype, tuple[float, float, float]]) -> list[Dtype]:
+    """Order dtypes by cost, without those that another one beats in error at about their cost.
+
+    So each has a smaller error than the one before it. Values are (cost, drop, largest error).
+    """
+    kept = [
+        dtype
+        for dtype, (cost, *error) in known.items()
+        if not any(c <= SAME * cost and other < error for c, *other in known.values())
+    ]
+    return sorted(kept, key=known.__getitem__)
 
 
 def _outputs(
@@ -210,18 +220,20 @@ def _outputs(
 ) -> list[torch.Tensor]:
     def watch(position: int, values: Any) -> None:
         if position in casts:
+            live = {node.name: values[node] for node in cutter.live(position)}
+            sent = cast(live, casts[position])
             for node in cutter.live(position):
-                values[node] = _cast(values[node], casts[position]).to(values[node].dtype)
+                values[node] = uncast(node.name, sent, values[node].dtype)
 
     return list(runner.run([batch], watch=watch if casts else None).values())
 
 
-def _drift(exact: Sequence[list[torch.Tensor]], cast: Sequence[list[torch.Tensor]]) -> Drift:
+def _drift(exact: Sequence[list[torch.Tensor]], sent: Sequence[list[torch.Tensor]]) -> Drift:
     """Compare answers, batch by batch. What is no longer a number counts as infinitely wrong."""
     classes = len(exact[0]) == 1 and exact[0][0].dim() == 2 and exact[0][0].shape[1] > 1
     changed = samples = 0
     max_abs = squares = spread = 0.0
-    for a, b in zip(exact, cast, strict=True):
+    for a, b in zip(exact, sent, strict=True):
         samples += len(a[0])
         if classes:
             changed += int((a[0].argmax(1) != b[0].argmax(1)).sum())

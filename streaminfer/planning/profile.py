@@ -45,7 +45,7 @@ class Encoding(_Frozen):
     """A dtype and a codec on the activations of one cut; costs are per uncast byte."""
 
     position: int
-    dtype: Literal["native", "float16", "bfloat16"]
+    dtype: Literal["native", "float16", "bfloat16", "int8"]
     codec: Literal["none", "zstd", "lz4"]
     ratio: float  # bytes as sent ÷ bytes uncast
     encode: float  # seconds

@@ -23,7 +23,7 @@ from streaminfer.parallel.operators import name_of
 from streaminfer.parallel.pipeline import Cutter, port
 from streaminfer.parallel.program import dump
 from streaminfer.parallel.weights import same_memory
-from streaminfer.planning.codecs import encodings
+from streaminfer.planning.codecs import DTYPE_NAMES, encodings
 from streaminfer.planning.example import example_inputs
 from streaminfer.planning.factory import make_model
 from streaminfer.planning.profile import CutPoint, DeviceProfile, NodeProfile, Profile, Timing
@@ -175,7 +175,14 @@ def profile(
 
 
 def _key(captured: Captured, place: Place, batches: Sequence[int]) -> str:
-    declared = [captured.key, torch.__version__, place.hardware, place.threads, list(batches)]
+    declared = [
+        captured.key,
+        torch.__version__,
+        place.hardware,
+        place.threads,
+        list(batches),
+        list(DTYPE_NAMES),
+    ]
     return hashlib.sha256(json.dumps(declared).encode()).hexdigest()[:32]
 
 

@@ -184,12 +184,22 @@ class Page:
                         dtype + (" (chosen)" if dtype == choice.dtype else ""),
                         _size(point.row_bytes),
                         _size(point.row_bytes * ratio),
+                        f"{1 / ratio:.2f} x",
                         changed,
                         f"{drift.max_abs:.1e}",
                     )
                 )
         yield _table(
-            ("cut behind", "dtype", "native", "as cast", "answers changed", "largest error"), rows
+            (
+                "cut behind",
+                "dtype",
+                "native",
+                "as cast",
+                "fewer",
+                "answers changed",
+                "largest error",
+            ),
+            rows,
         )
 
     def _timings(self) -> Iterator[Sequence[str]]:

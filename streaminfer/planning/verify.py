@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from streaminfer.cast import cast, uncast
 from streaminfer.errors import PlanError
 from streaminfer.parallel import DTYPES, Program, check_inputs, load, weights
-from streaminfer.plan import CAST, PRESENT, Edge, Plan, StagePlan, exit_files, stage_files
+from streaminfer.plan import PRESENT, Edge, Plan, StagePlan, exit_files, stage_files
 from streaminfer.planning.example import Inputs, example_inputs
 from streaminfer.planning.reference import Whole, reference
 from streaminfer.planning.source import source_key
@@ -21,9 +22,11 @@ from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = ["VerifyReport", "verify"]
 
-# A value rounded to 16 bits is off by at most this much of itself.
-ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 6
+# A value rounded to 16 bits is off by at most this much of itself. In int8 it is off by half a
+# step, 0.5 / 127 of the largest value under its scale, which is some 4 times a usual one:
+# measured, the error of int8 is 3 to 4 times that of bfloat16, whose rounding is the same 2⁻⁸.
+ROUNDING = {"native": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 4 * 0.5 / 127}
+# Measured, per unit of rounding: the largest error is 0.6 (a trained CNN cut in the middle) to 16
 # (ResNet-50 with random weights) standard deviations of the outputs. 32 leaves room for worse.
 HEADROOM = 32
 # Of the largest output: parts of a stage are summed in another order than the whole, by other
@@ -65,9 +68,10 @@ def verify(
     """Compare the stages of a plan directory with the whole model, on the CPU.
 
     Native edges must give the same bits at the same batch size and number of threads; where a
-    stage is split, within 1e-5 of the largest output. An edge of 16 bits rounds what crosses it;
-    the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹
-    for float16, 2⁻⁸ for bfloat16) times the standard deviation of the model's outputs.
+    stage is split, within 1e-5 of the largest output. An edge of 16 or 8 bits rounds what crosses
+    it; the tolerance is 32 times the sum of the edges' rounding (2⁻¹¹ for float16,
+    2⁻⁸ for bfloat16, four half steps, 4 · 0.5/127, for int8) times the standard deviation of the
+    model's outputs.
 
     Args:
         spec: the pipeline file.
@@ -166,9 +170,9 @@ class _Programs:
         if not stage.sources:
             return [tensor.contiguous() for tensor in batch.ports(self._stages[stage.name].inputs)]
         given = {name: made[s.stage][name] for s in stage.sources for name in s.tensors}
-        given.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources)))
-        wire = CAST[stage.edge.dtype]
-        return [_across(given[port.name], wire, DTYPES[port.dtype]) for port in stage.inputs]
+        sent = cast(given, stage.edge.dtype)
+        sent.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources)))
+        return [uncast(p.name, sent, DTYPES[p.dtype]).contiguous() for p in stage.inputs]
 
 
 def _load(files: tuple[Path, Path]) -> Program:
@@ -178,12 +182,6 @@ def _load(files: tuple[Path, Path]) -> Program:
     except OSError as error:
         raise PlanError(f"cannot read a stage: {error}", where=str(graph)) from None
     return load(document, weights.read(file))
-
-
-def _across(tensor: torch.Tensor, wire: str | None, dtype: torch.dtype) -> torch.Tensor:
-    if wire and tensor.is_floating_point():
-        tensor = tensor.to(DTYPES[wire]).to(dtype)
-    return tensor.contiguous()
 
 
 class _Tally:

@@ -15,14 +15,15 @@ from typing import Literal
 
 import torch
 
+from streaminfer.cast import cast, uncast
 from streaminfer.errors import ComputeError, OutOfMemory, SampleError, SchemaError, StreaminferError
 from streaminfer.metrics import StageMetrics
 from streaminfer.parallel import Program, check_inputs
-from streaminfer.plan import CAST, StagePlan, TensorSpec
+from streaminfer.plan import StagePlan, TensorSpec
 from streaminfer.runtime.rows import DTYPES, NAMES, as_bytes, select, view
 from streaminfer.runtime.speed import measured
 from streaminfer.spec import BatchSpec
-from streaminfer.wire import Envelope, Failure, Tensor, compress, decompress
+from streaminfer.wire import SCALE, Envelope, Failure, Tensor, compress, decompress
 
 __all__ = ["Device", "Done", "ExitHead", "Outputs", "Stage"]
 
@@ -180,12 +181,7 @@ class Device:
                 outputs = {name: value[~leaving.rows] for name, value in outputs.items()}
             if self._stage.after is not None:
                 outputs = self._stage.after(outputs)
-            if cast := CAST[self._stage.out_dtype]:
-                outputs = {
-                    n: t.to(DTYPES[cast]) if t.is_floating_point() else t
-                    for n, t in outputs.items()
-                }
-            return _on_cpu(outputs), leaving
+            return _on_cpu(cast(outputs, self._stage.out_dtype)), leaving
 
     def _leave(self, outputs: Outputs) -> _Leaving | None:
         head = self._stage.exit
@@ -199,15 +195,17 @@ class Device:
 
     def _load(self, spec: TensorSpec, envelopes: Sequence[Envelope]) -> torch.Tensor:
         """Bring one input of all envelopes onto the device, as one batch, in the model's dtype."""
-        if missing := [e for e in envelopes if spec.name not in e.tensors]:
+        there = {spec.name: self._batch(spec.name, envelopes)}
+        if (scales := spec.name + SCALE) in envelopes[0].tensors:
+            there[scales] = self._batch(scales, envelopes)
+        return uncast(spec.name, there, DTYPES[spec.dtype])
+
+    def _batch(self, name: str, envelopes: Sequence[Envelope]) -> torch.Tensor:
+        if missing := [e for e in envelopes if name not in e.tensors]:
             found = ", ".join(missing[0].tensors) or "none"
-            raise SchemaError(f"the envelope has no tensor {spec.name!r}; it has: {found}")
-        parts = [view(decompress(envelope.tensors[spec.name])) for envelope in envelopes]
-        batch = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._stage.device)
-        wanted = DTYPES[spec.dtype]
-        if batch.is_floating_point() and wanted.is_floating_point and batch.dtype != wanted:
-            batch = batch.to(wanted)
-        return batch
+            raise SchemaError(f"the envelope has no tensor {name!r}; it has: {found}")
+        parts = [view(decompress(envelope.tensors[name])) for envelope in envelopes]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._stage.device)
 
     def _unload(
         self, outputs: Outputs, leaving: _Leaving | None, envelopes: Sequence[Envelope]

@@ -138,6 +138,5 @@ class Graph(Plain):
 
 
 def _only(envelope: Envelope, names: Sequence[str]) -> Envelope:
-    if len(names) == len(envelope.tensors):
-        return envelope
-    return replace(envelope, tensors={name: envelope.tensors[name] for name in names})
+    kept = envelope.only(names)
+    return envelope if len(kept) == len(envelope.tensors) else replace(envelope, tensors=kept)

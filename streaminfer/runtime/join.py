@@ -105,8 +105,7 @@ class Join:
                 tensors |= {s.name: _zeros(s, len(samples), sizes) for s in self._tensors[k]}
                 continue
             at = [piece.row for row in group.rows if (piece := row[k]) is not None]
-            kept = _rows_of(envelope, at).tensors
-            tensors |= {spec.name: kept[spec.name] for spec in self._tensors[k]}
+            tensors |= _rows_of(envelope, at).only(spec.name for spec in self._tensors[k])
         if self._present:
             tensors[PRESENT] = _present(group.envelopes, len(samples))
         envelopes = [e for e in group.envelopes if e is not None]

@@ -53,7 +53,7 @@ class Outbox:
         outgoing = [*result.answers]
         for envelope in result.outputs:
             for topic, tensors, _ in self._routes.outputs:
-                kept = {name: envelope.tensors[name] for name in tensors or envelope.tensors}
+                kept = envelope.only(tensors) if tensors else envelope.tensors
                 sent = replace(envelope, tensors=kept, sender=self._routes.sender)
                 outgoing += self._records(topic, sent, envelope)
         for envelope in result.outcomes:

@@ -320,11 +320,12 @@ class StageSpec(PartSpec):
 class EdgeSpec(_Frozen):
     """What leads into a stage. `local`: the same worker, tensors as they are.
 
+    `dtype` is of floating-point tensors; int8 sends them with a scale for each channel of a row.
     `partitioning`: micro-batches keep their input partition, or are spread over all of them.
     """
 
     transport: Literal["kafka", "local"] = "kafka"
-    dtype: Literal["native", "float16", "bfloat16"] = "native"
+    dtype: Literal["native", "float16", "bfloat16", "int8"] = "native"
     compress: Literal["none", "zstd", "lz4"] = "none"
     partitioning: Literal["preserve", "balance"] = "preserve"
 

@@ -20,7 +20,7 @@ from streaminfer.wire.codec import (
     encoded_size,
 )
 from streaminfer.wire.columns import MAX_KEY, MAX_META, MAX_SAMPLES, MAX_TEXT
-from streaminfer.wire.envelope import Envelope, Failure, Hop, Sample, Tensor
+from streaminfer.wire.envelope import SCALE, Envelope, Failure, Hop, Sample, Tensor
 from streaminfer.wire.headers import Origin, headers, read_origin
 from streaminfer.wire.tensors import (
     ITEMSIZE,
@@ -39,6 +39,7 @@ __all__ = [
     "MAX_META",
     "MAX_SAMPLES",
     "MAX_TEXT",
+    "SCALE",
     "TENSOR_INPUT",
     "Added",
     "Assembler",

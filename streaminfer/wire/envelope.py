@@ -7,13 +7,14 @@ and travels alone, as an envelope of outcomes without tensors, straight to the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-__all__ = ["Envelope", "Failure", "Hop", "Sample", "Tensor"]
+__all__ = ["SCALE", "Envelope", "Failure", "Hop", "Sample", "Tensor"]
 
 Status = Literal["ok", "error", "expired", "lost"]
+SCALE = "@scale"  # behind a quantised tensor's name: that of its scales, which travel with it
 STATUSES: tuple[Status, ...] = ("ok", "error", "expired", "lost")
 
 
@@ -96,6 +97,15 @@ class Envelope:
     def nbytes(self) -> int:
         """Bytes of its tensors as they travel."""
         return sum(t.data.nbytes for t in self.tensors.values())
+
+    def only(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the tensors of these names, with the scales of those that are quantised."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            found[name] = self.tensors[name]
+            if scales := self.tensors.get(name + SCALE):
+                found[name + SCALE] = scales
+        return found
 
     def outcomes(self, failures: Mapping[int, Failure]) -> Envelope:
         """Return the envelope of outcomes: the samples at the offsets in `failures`, no tensors."""

@@ -61,12 +61,18 @@ STEM, EARLY, HEAD = {"name": "stem", "until": "stem"}, {"until": "early"}, {"nam
 TRUNK = {"name": "trunk", **EARLY}
 STAGED = {"stages": [{"name": "front", **EARLY}, {"name": "back"}]}
 SPLIT = {"stages": [STEM, {**TRUNK, **channels()}, HEAD]}
+QUARTER = {"dtype": "int8", "compress": "zstd"}
 HALF = {"dtype": "float16", "compress": "lz4"}
 
 FORMS: dict[str, Changes] = {
     "one stage": stages({"name": "whole"}),
     "all edges local": {"edges": LOCAL},
     "float16, zstd": {"edges": {"default": {"dtype": "float16", "compress": "zstd"}}},
+    "int8, zstd": {"edges": {"default": {"dtype": "int8", "compress": "zstd"}}},
+    "int8 into shards and out of them": {
+        **stages(STEM, {**TRUNK, **channels()}, HEAD),
+        "edges": {"default": {"dtype": "int8"}},
+    },
     "bfloat16": {"edges": {"default": {"dtype": "bfloat16"}}},
     "raw outputs": {"output": {"top_k": 0, "labels": None}},
     "first split by channels": stages({**STEM, **channels(3)}, HEAD),
@@ -90,6 +96,22 @@ FORMS: dict[str, Changes] = {
     "16 bits, lz4 into shards": {
         **stages(STEM, {**TRUNK, **channels()}, HEAD),
         "edges": {"default": HALF},
+    },
+    "int8": {"edges": {"default": {"dtype": "int8"}}},
+    "int8, zstd into a linear stage": {
+        **stages({"name": "body", "until": "late"}, HEAD), "edges": {"head": QUARTER}
+    },
+    "int8, zstd into shards and out of them": {
+        **stages(STEM, {**TRUNK, **channels()}, HEAD), "edges": {"default": QUARTER}
+    },
+    "int8 into tiles and out of them": {
+        **stages(STEM, {"name": "trunk", "until": "late", **tiles(1, 2)}, HEAD),
+        "edges": {"default": {"dtype": "int8"}},
+    },
+    "int8 into branches": members(edges={"all": QUARTER}, fuse="max", quorum=2),
+    "int8, some edges local": {
+        **stages(STEM, {**TRUNK, **channels()}, HEAD),
+        "edges": {"default": QUARTER, "trunk": {"transport": "local"}},
     },
     "shards of two replicas": stages(STEM, {**TRUNK, **channels(), "replicas": 2}, HEAD),
     "mean of tiles": stages({"name": "whole", **tiles(1, 2, "mean")}),
@@ -144,6 +166,7 @@ ON_KAFKA = (
     "two splits in a row",
     "only a split's edge local",
     "16 bits, lz4 into tiles",
+    "int8, zstd into shards and out of them",
     "shards of two replicas",
     "a split in a branch",
     "tiles in a branch",

@@ -122,7 +122,12 @@ def test_dtypes_are_chosen_by_drift(folder: Path) -> None:
         Image.effect_noise((20, 20), 20.0 * (k + 1)).convert("RGB").save(f"images/{k}.png")
     flags = (*MODEL_FLAGS, "--devices", "cpu,cpu", "--stages", "2", "--codec", "auto")
     lossy = planned(*flags, "--calibrate", "images", "--max-drop", "50%", "-o", "planned.yaml")
-    assert lossy["edges"]["head"]["dtype"] in ("float16", "bfloat16")
+    assert lossy["edges"]["head"]["dtype"] in ("float16", "bfloat16", "int8")
+    saved = {row["dtype"]: row["saved"] for row in lossy["dtypes"]}
+    assert saved["float16"] == saved["bfloat16"] == 2
+    assert 2.5 < saved["int8"] < 4
+    (chosen,) = [row["dtype"] for row in lossy["dtypes"] if row["chosen"]]
+    assert chosen == lossy["edges"]["head"]["dtype"]
     assert lossy["drift"]["samples"] == 5
     assert load(Path("planned.yaml")).edge("head").dtype == lossy["edges"]["head"]["dtype"]
     assert any("top-1 answers change" in line for line in lossy["why"])
@@ -135,6 +140,20 @@ def test_what_a_slow_link_makes_worth_compressing_is_compressed(folder: Path) ->
     assert fast["edges"]["head"]["compress"] == "none"
     assert slow["edges"]["head"]["compress"] != "none"
     assert slow["link"]["per_byte"] == pytest.approx(1e-5)
+
+
+def test_int8_travels_where_bytes_cost_and_answers_may_change(folder: Path) -> None:
+    flags = (*MODEL_FLAGS, "--devices", "cpu,cpu", "--stages", "2", "--codec", "auto")
+    loose = planned(*flags, "--link", "100kB/s", "--max-drop", "100%", "-o", "planned.yaml")
+    assert loose["edges"]["head"]["dtype"] == "int8"
+    narrow = next(row for row in loose["dtypes"] if row["dtype"] == "int8")
+    assert narrow["drift"]["max_abs"] > 0
+    spec = load(folder / "planned.yaml")
+    build(spec, folder / "plan")
+    assert verify(spec, folder / "plan").holds
+    strict = planned(*flags, "--link", "100kB/s", "--max-drop", "0%")
+    allowed = [r["dtype"] for r in strict["dtypes"] if r["drift"]["drop"] == 0]
+    assert strict["edges"]["head"]["dtype"] in [*allowed, "native"]
 
 
 class _Page(HTMLParser):

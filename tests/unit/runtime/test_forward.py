@@ -191,6 +191,48 @@ async def test_an_edge_of_16_bits_carries_half_and_is_read_back(dtype: str, name
         assert rows(await step([Item((), moved)])) == {0: 4, 1: 8}
 
 
+async def test_an_edge_of_8_bits_carries_scales_and_is_read_back() -> None:
+    """Also out of an envelope that is split for its poison sample."""
+    wide = TensorSpec(name="x", dtype="F32", shape=(None, 16))
+    values = torch.randn(3, 16) * torch.tensor([[1.0], [100.0], [0.01]])
+    samples = item(0, [0, 0, 0]).envelope
+    assert samples is not None
+    data = memoryview(values.numpy().tobytes())
+    sent = Envelope(0, samples.samples, "d" * 64, "i", {"x": Tensor("F32", (3, 16), data)})
+    fake = Fake(lambda x: x)
+    async with forward(fake, out_dtype="int8", compress="zstd", inputs=(wide,)) as step:
+        (envelope,) = (await step([Item((), sent)])).outputs
+    raw = {name: decompress(tensor) for name, tensor in envelope.tensors.items()}
+    assert {n: (t.dtype, t.shape) for n, t in raw.items()} == {
+        "y": ("I8", (3, 16)),
+        "y@scale": ("F32", (3,)),
+    }
+    moved = {"x": envelope.tensors["y"], "x@scale": envelope.tensors["y@scale"]}
+    kept: list[torch.Tensor] = []
+
+    def loud(x: torch.Tensor) -> torch.Tensor:
+        if bool((x.abs() > 50).any()):
+            raise RuntimeError("too loud")
+        kept.append(x)
+        return x
+
+    async with forward(Fake(loud), inputs=(wide,)) as step:
+        result = await step([Item((), Envelope(0, envelope.samples, "d" * 64, "i", moved))])
+    assert [s.offset for e in result.outcomes for s in e.samples] == [1]
+    found = torch.cat(kept)
+    assert torch.allclose(found[0], values[0], atol=float(values[0].abs().max()) / 250)
+    assert torch.allclose(found[-1], values[2], atol=float(values[2].abs().max()) / 250)
+
+
+async def test_an_8_bit_tensor_without_its_scales_is_an_error_of_its_samples() -> None:
+    one = item(0, [1])
+    assert one.envelope is not None
+    bare = {"x": Tensor("I8", (1, 2), memoryview(b"\x01\x02"))}
+    async with forward(Fake()) as step:
+        result = await step([Item((), Envelope(0, one.envelope.samples, "d" * 64, "i", bare))])
+    assert {s.failure.kind for e in result.outcomes for s in e.samples if s.failure} == {"schema"}
+
+
 async def test_a_part_of_a_batch_waits_no_longer_than_it_was_told() -> None:
     async with forward(Fake(), clock=asyncio.get_running_loop().time, wait=0.05) as step:
         began = asyncio.get_running_loop().time()

@@ -44,7 +44,7 @@ GOOD: dict[str, Any] = {
             "shares": [2, 1],
         },
     ],
-    "edges": {"default": {"dtype": "float16"}, "b": {"compress": "zstd"}},
+    "edges": {"default": {"dtype": "float16"}, "b": {"dtype": "int8", "compress": "zstd"}},
     "input": {"crop": 8, "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "max_bytes": "16MB"},
     "output": {"labels": ["cat", 1], "top_k": 0},
     "kafka": {"bootstrap": None, "history": "10m", "max_record_bytes": 900000},
@@ -119,7 +119,7 @@ def test_the_schema_is_one_json_document_that_names_itself() -> None:
 
 def test_a_good_file_is_good_for_both() -> None:
     assert judge(GOOD) == []
-    assert PipelineSpec.model_validate(GOOD).edge("b").dtype == "float16"
+    assert PipelineSpec.model_validate(GOOD).edge("b").dtype == "int8"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_examples_of_several_inputs_are_good_for_both(example: object) -> None:
         {"batch": {"wait": "4 fortnights"}},
         {"memory": "lots"},
         {"delivery": "exactly_once"},
-        {"edges": {"b": {"dtype": "int8"}}},
+        {"edges": {"b": {"dtype": "int4"}}},
         {"edges": {"b": 3}},
         {"input": {"channels": 2}},
         {"input": {"topic": "a b"}},
