@@ -65,6 +65,7 @@ async def replan(
     seconds = _seconds(over)
     _check_out(spec, out)
     urls = addresses(sources)
+    await _look(urls)  # who does not answer is named before a plan is built
     _, plan = plan_of(spec, folder, random_weights)
     places = _places(spec, plan)
     looks = [await _look(urls)]
@@ -289,14 +290,12 @@ def print_advice(advice: Advice, *, as_json: bool = False, out: Path | None = No
     if as_json:
         print(json.dumps(advice.to_json()))
         return
-    table = Table(
-        "stage", "samples/s", "ms a sample", "batch", "waiting", "B in", "B out", box=None
-    )
+    table = Table("stage", "samples", "ms a sample", "batch", "waiting", "B in", "B out", box=None)
     total = advice.stages or {}
     for name, cell in total.items():
         batch = cell.samples / cell.batches if cell.batches else 0.0
-        each = cell.each * 1e3
-        row = (f"{cell.samples:,.0f}", f"{each:,.2f}", f"{batch:.1f}", f"{cell.queue:,.0f}")
+        each = f"{cell.each * 1e3:,.2f}" if cell.samples else ""
+        row = (f"{cell.samples:,.0f}", each, f"{batch:.1f}", f"{cell.queue:,.0f}")
         table.add_row(
             name, *row, f"{cell.bytes_in:,.0f}", f"{cell.bytes_out:,.0f}",
             style="bold" if name == advice.bottleneck else None,
