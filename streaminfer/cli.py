@@ -233,36 +233,6 @@ def simulate(
     commands.print_simulated(outcome, as_json=as_json)
 
 
-@app.command()
-def replan(
-    pipeline: Pipeline,
-    sources: Annotated[
-        list[str],
-        typer.Option("--from-metrics", metavar="URL|FILE", help="A worker's address, or a list."),
-    ],
-    worth: Annotated[
-        str, typer.Option(metavar="PERCENT", help="The least gain that is worth a change.")
-    ] = "15%",
-    over: Annotated[str, typer.Option(metavar="DURATION", help="How long to measure.")] = "10s",
-    out: Annotated[
-        Path | None, typer.Option("-o", metavar="FILE", help="Write the changed pipeline file.")
-    ] = None,
-    plan: PlanDir = None,
-    random_weights: Random = False,
-    as_json: Json = False,
-) -> None:
-    """Say whether a running pipeline should be changed: from what its workers measure."""
-    from streaminfer import commands
-
-    advice = _await(
-        commands.replan(
-            _load(pipeline), sources, worth=worth, over=over, folder=plan, out=out,
-            random_weights=random_weights,
-        )
-    )  # fmt: skip
-    commands.print_advice(advice, as_json=as_json, out=out)
-
-
 @topics.command("apply")
 def topics_apply(
     pipeline: Pipeline, kafka: Kafka = None, plan: PlanDir = None, random_weights: Random = False

@@ -105,6 +105,19 @@ def plan(  # noqa: PLR0913 - a command's flags
     example: ExampleText = "",
     random_weights: Random = False,
     fresh: Fresh = False,
+    from_metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL|FILE",
+            help="Re-plan what runs by its /metrics (or a targets file): is a change worth it?",
+        ),
+    ] = None,
+    worth: Annotated[
+        str, typer.Option(metavar="PERCENT", help="With --from-metrics: the least gain to act on.")
+    ] = "15%",
+    over: Annotated[
+        str, typer.Option(metavar="DURATION", help="With --from-metrics: how long to measure.")
+    ] = "10s",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write a pipeline file.")
     ] = None,
@@ -120,6 +133,9 @@ def plan(  # noqa: PLR0913 - a command's flags
     from streaminfer.commands.planned import show_plan, to_json
     from streaminfer.commands.planning import make_plan, write
 
+    if from_metrics:
+        _replan(model, from_metrics, worth, over, output, random_weights, as_json)
+        return
     asked = Asked(
         model, devices.split(","), kwargs, example, random_weights, stages, batch, memory, slo,
         link, kafka, codec, max_drop, calibrate, tries, fresh,
@@ -127,6 +143,37 @@ def plan(  # noqa: PLR0913 - a command's flags
     outcome = make_plan(asked, quiet=as_json)
     write(outcome, output, report)
     typer.echo(to_json(outcome)) if as_json else show_plan(outcome, Console(), output)
+
+
+def _replan(
+    model: str,
+    sources: list[str],
+    worth: str,
+    over: str,
+    output: Path | None,
+    random_weights: bool,
+    as_json: bool,
+) -> None:
+    """Say whether a running pipeline should be changed: from what its workers measure."""
+    import asyncio
+
+    from streaminfer import commands
+    from streaminfer.errors import ConfigError
+    from streaminfer.spec.file import load
+
+    if not model.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"{model!r} is no pipeline file",
+            where="--from-metrics",
+            hint="name the file that runs: streaminfer plan pipeline.yaml --from-metrics URL",
+        )
+    advice = asyncio.run(
+        commands.replan(
+            load(model), sources, worth=worth, over=over, folder=None, out=output,
+            random_weights=random_weights,
+        )
+    )  # fmt: skip
+    commands.print_advice(advice, as_json=as_json, out=output)
 
 
 def register(app: typer.Typer) -> None:
