@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from streaminfer.errors import ConfigError
 from streaminfer.plan import ITEMSIZE, Plan, StagePlan
-from streaminfer.planning.scenario import SimStage, StageTimes
+from streaminfer.planning.simulation.scenario import SimStage, StageTimes
 from streaminfer.spec import PipelineSpec
 from streaminfer.topics import ANSWER
 from streaminfer.topology import WorkerSpec, build

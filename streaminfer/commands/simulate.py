@@ -15,9 +15,9 @@ from streaminfer.commands.cells import cells
 from streaminfer.commands.plans import console, plan_of, warn
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan
-from streaminfer.planning.sanity import check
-from streaminfer.planning.scenario import PATTERNS
-from streaminfer.planning.simulator import (
+from streaminfer.planning.simulation.sanity import check
+from streaminfer.planning.simulation.scenario import PATTERNS
+from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Host,
     Link,
@@ -27,7 +27,7 @@ from streaminfer.planning.simulator import (
     StageTimes,
     simulate,
 )
-from streaminfer.planning.whatif import what_if, with_replicas
+from streaminfer.planning.simulation.whatif import what_if, with_replicas
 from streaminfer.spec import did_you_mean
 from streaminfer.topics import window
 

@@ -21,7 +21,7 @@ from streaminfer.commands.trial import Input, device_seconds
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import PRESENT, Plan, StagePlan
-from streaminfer.planning.scenario import StageTimes
+from streaminfer.planning.simulation.scenario import StageTimes
 from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.rows import NAMES, as_bytes, select

@@ -22,7 +22,7 @@ from streaminfer.commands.cells import cells
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
-from streaminfer.planning.simulator import Arrivals, Host, Scenario, StageTimes, summary
+from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, StageTimes, summary
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 

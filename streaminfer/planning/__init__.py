@@ -10,9 +10,7 @@ source.py   is the plan current? (no torch)      factory.py  the model the file 
 build.py    model → plan directory               verify.py   cut against whole
 cuts.py     where a model may be cut
 
-simulator.py  predict by discrete events         scenario.py  what a simulation is told
-road.py       the life of a micro-batch in it    whatif.py    change a number by its name
-events.py     time, cores, loops                 tally.py     partitions, and what is counted
+live.py     advice for a running pipeline         simulation/ predict by discrete events
 """
 
 from streaminfer.planning.source import ensure, source_key

@@ -31,7 +31,13 @@ import yaml
 from streaminfer.commands.simulate import Ask, scenario_of
 from streaminfer.commands.timing import inputs_of, time_decode, time_stages
 from streaminfer.commands.trial import Trial, calibrate, drive
-from streaminfer.planning.simulator import Arrivals, Report, Scenario, StageTimes, simulate
+from streaminfer.planning.simulation.simulator import (
+    Arrivals,
+    Report,
+    Scenario,
+    StageTimes,
+    simulate,
+)
 from streaminfer.planning.source import ensure
 from streaminfer.spec.file import load as load_spec
 from tests import virtual

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from streaminfer.errors import ConfigError
-from streaminfer.planning.scenario import Arrivals, Host, Link, Scenario, SimStage
-from streaminfer.planning.simulator import Report, simulate
-from streaminfer.planning.tally import Batch, Lane
-from streaminfer.planning.whatif import what_if
+from streaminfer.planning.simulation.scenario import Arrivals, Host, Link, Scenario, SimStage
+from streaminfer.planning.simulation.simulator import Report, simulate
+from streaminfer.planning.simulation.tally import Batch, Lane
+from streaminfer.planning.simulation.whatif import what_if
 
 
 def stage(name: str, seconds: float = 0.001, **more: Any) -> SimStage:

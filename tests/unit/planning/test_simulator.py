@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError
-from streaminfer.planning.simulator import (
+from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Host,
     Link,
@@ -23,7 +23,7 @@ from streaminfer.planning.simulator import (
     cost_per_million,
     simulate,
 )
-from streaminfer.planning.whatif import keys, what_if, with_replicas
+from streaminfer.planning.simulation.whatif import keys, what_if, with_replicas
 
 
 def stage(name: str = "a", seconds: float = 0.010, **more: Any) -> SimStage:

@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from streaminfer.errors import ConfigError
-from streaminfer.planning.scenario import Host, Scenario, SimStage
+from streaminfer.planning.simulation.scenario import Host, Scenario, SimStage
 from streaminfer.spec import did_you_mean
 from streaminfer.spec.units import parse_duration, parse_size
 

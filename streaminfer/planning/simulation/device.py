@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from streaminfer.planning.events import Clock, Cores, Loop
-from streaminfer.planning.scenario import Host, Link, SimStage
-from streaminfer.planning.tally import Batch, Tally
+from streaminfer.planning.simulation.events import Clock, Cores, Loop
+from streaminfer.planning.simulation.scenario import Host, Link, SimStage
+from streaminfer.planning.simulation.tally import Batch, Tally
 
 if TYPE_CHECKING:
-    from streaminfer.planning.road import Worker
+    from streaminfer.planning.simulation.road import Worker
 
 __all__ = ["Device", "Machine"]
 

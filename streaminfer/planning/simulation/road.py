@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from streaminfer.planning.device import Device, Machine
-from streaminfer.planning.events import Loop
-from streaminfer.planning.scenario import SimStage
-from streaminfer.planning.tally import Batch, Lane
+from streaminfer.planning.simulation.device import Device, Machine
+from streaminfer.planning.simulation.events import Loop
+from streaminfer.planning.simulation.scenario import SimStage
+from streaminfer.planning.simulation.tally import Batch, Lane
 
 __all__ = ["Ingest", "Inner", "Outlet", "Sink", "Worker"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from streaminfer.errors import ConfigError
-from streaminfer.planning.scenario import PATTERNS, Scenario, SimStage
+from streaminfer.planning.simulation.scenario import PATTERNS, Scenario, SimStage
 from streaminfer.spec import did_you_mean
 
 __all__ = ["check"]

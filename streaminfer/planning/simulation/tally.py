@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from streaminfer.planning.events import Clock, Gauge
+from streaminfer.planning.simulation.events import Clock, Gauge
 
 __all__ = ["Batch", "Lane", "Tally"]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from streaminfer.planning.device import Device, Machine
-from streaminfer.planning.events import Clock, Cores, Loop
-from streaminfer.planning.road import Ingest, Inner, Outlet, Sink, Worker
-from streaminfer.planning.sanity import check
-from streaminfer.planning.scenario import (
+from streaminfer.planning.simulation.device import Device, Machine
+from streaminfer.planning.simulation.events import Clock, Cores, Loop
+from streaminfer.planning.simulation.road import Ingest, Inner, Outlet, Sink, Worker
+from streaminfer.planning.simulation.sanity import check
+from streaminfer.planning.simulation.scenario import (
     Arrivals,
     Floats,
     Host,
@@ -29,7 +29,7 @@ from streaminfer.planning.scenario import (
     SimStage,
     StageTimes,
 )
-from streaminfer.planning.tally import Lane, Tally
+from streaminfer.planning.simulation.tally import Lane, Tally
 from streaminfer.transport.assignor import Member, assign
 
 __all__ = [
