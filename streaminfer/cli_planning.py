@@ -25,7 +25,9 @@ Kwargs = Annotated[str, typer.Option(metavar="JSON", help="Arguments of the fact
 ExampleText = Annotated[
     str,
     typer.Option(
-        "--example", metavar="3x224x224[:DTYPE]", help="One sample of each input, comma-separated."
+        "--example",
+        metavar="3x224x224[:DTYPE[<MAX]]",
+        help="One sample of each input, comma-separated; whole numbers are below MAX (2).",
     ),
 ]
 Random = Annotated[

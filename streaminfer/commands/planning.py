@@ -28,7 +28,6 @@ from streaminfer.planning.codecs import (
     best_codec,
     choose_dtypes,
 )
-from streaminfer.planning.example import example_batch
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
 from streaminfer.planning.predict import Candidate, Machine, Measured
@@ -38,6 +37,7 @@ from streaminfer.planning.profiler import (
     Captured,
     Place,
     capture_model,
+    example_tensors,
     places,
     profile,
 )
@@ -196,7 +196,7 @@ def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str 
     Dtypes change what crossing costs and so perhaps the cut; it is planned again once.
     """
     runner = Runner(captured.graph, torch.device("cpu"))
-    rows = _calibration(outcome.subject, folder)
+    rows = _calibration(captured, folder)
     link = outcome.request.link
 
     def hop(cut: int, dtype: Dtype) -> tuple[Codec, float]:
@@ -251,14 +251,16 @@ def _drift_lines(
     )
 
 
-def _calibration(known: Subject, folder: str | None) -> list[torch.Tensor]:
+def _calibration(captured: Captured, folder: str | None) -> list[list[torch.Tensor]]:
+    """Return batches of every input of the model."""
+    source = captured.spec.input
     if folder is None:
-        rows = example_batch(known.spec.first_model, CALIBRATION)
+        rows = example_tensors(captured, CALIBRATION)
     else:
-        if known.spec.input.decode != "image":
+        if source.decode != "image":
             raise ConfigError("the pipeline takes tensors, not images", where="--calibrate")
-        rows = batch_of([value for _, value in files([folder])], known.spec.input)
-    return [rows[k : k + BATCH] for k in range(0, len(rows), BATCH)]
+        rows = [batch_of([value for _, value in files([folder])], source)]
+    return [[t[k : k + BATCH] for t in rows] for k in range(0, len(rows[0]), BATCH)]
 
 
 def _tried(outcome: Outcome, say: Any) -> Outcome:

@@ -6,7 +6,7 @@ import asyncio
 import io
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 
 from streaminfer.client import connect
 from streaminfer.metrics import Metrics
-from streaminfer.planning.example import example_batch
+from streaminfer.planning.example import example_inputs
 from streaminfer.planning.profile import Link
 from streaminfer.planning.timing import threads_set
 from streaminfer.runtime.outbox import Outbox
@@ -127,16 +127,16 @@ def _envelope(k: int, values: int) -> Envelope:
     )
 
 
-def inputs(spec: PipelineSpec, count: int = 8) -> list[bytes]:
-    """Return seeded input records as a client would send them: JPEGs, or messages with a tensor."""
+def inputs(spec: PipelineSpec, count: int = 8, names: Sequence[str] = ()) -> list[bytes]:
+    """Return seeded input records as a client would send them: JPEGs, or messages with tensors.
+
+    `names` are the model's inputs, in order; needed where there are several.
+    """
     if spec.input.decode == "tensor":
-        rows = example_batch(spec.first_model, count)
-        return [
-            encode_tensor_input(
-                TensorInput(Tensor(NAMES[row.dtype], tuple(row.shape), as_bytes(row)))
-            )
-            for row in rows
-        ]
+        given = example_inputs(spec.first_model, count)
+        free = (name for name in names or ("input",) if name not in given.kwargs)
+        named = {**given.kwargs, **dict(zip(free, given.args, strict=True))}
+        return [_message({n: rows[k] for n, rows in named.items()}) for k in range(count)]
     random = np.random.default_rng(0)
     (_, height, width), *_ = (one.shape for one in spec.first_model.examples().values())
     if spec.input.resize:
@@ -149,6 +149,13 @@ def inputs(spec: PipelineSpec, count: int = 8) -> list[bytes]:
         image.convert("L" if spec.input.channels == 1 else "RGB").save(file, "JPEG", quality=90)
         found.append(file.getvalue())
     return found
+
+
+def _message(row: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a user's message with one tensor, or with several by name."""
+    packed = {n: Tensor(NAMES[t.dtype], tuple(t.shape), as_bytes(t)) for n, t in row.items()}
+    one = next(iter(packed.values())) if len(packed) == 1 else None
+    return encode_tensor_input(TensorInput(one, tensors={} if one else packed))
 
 
 def ingest_seconds(spec: PipelineSpec) -> float:

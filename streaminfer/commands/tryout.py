@@ -57,7 +57,7 @@ def try_out(
 async def _run(file: Path, folder: Path, random_weights: bool, seconds: float) -> Measured:
     spec = load(file)
     plan = await asyncio.to_thread(ensure, spec, folder, random_weights=random_weights)
-    records = inputs(spec, 32)
+    records = inputs(spec, 32, [port.name for port in plan.stages[0].inputs])
     workers = 1 + sum(stage.replicas for stage in spec.stages)
     headers = TENSOR if spec.input.decode == "tensor" else ()
     async with LocalPipeline(spec, plan, folder) as pipeline, pipeline.client() as client:

@@ -160,7 +160,7 @@ def choose_dtypes(
     runner: Runner,
     cutter: Cutter,
     cuts: Sequence[int],
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Sequence[torch.Tensor]],
     max_drop: float,
     cost: Callable[[int, Dtype], float],
 ) -> tuple[list[EdgeChoice], Drift]:
@@ -170,7 +170,7 @@ def choose_dtypes(
         runner: the whole model, on the CPU.
         cutter: the same, as cut.
         cuts: positions of the edges.
-        batches: calibration input.
+        batches: calibration input, every input of the model.
         max_drop: share of samples whose top-1 may change; of raw outputs, RMS error ÷ deviation.
         cost: seconds of a hop at a cut with a dtype; of about equal ones, the error decides.
 
@@ -216,7 +216,7 @@ def _worth(known: Mapping[Dtype, tuple[float, float, float]]) -> list[Dtype]:
 
 
 def _outputs(
-    runner: Runner, cutter: Cutter, batch: torch.Tensor, casts: Mapping[int, Dtype]
+    runner: Runner, cutter: Cutter, batch: Sequence[torch.Tensor], casts: Mapping[int, Dtype]
 ) -> list[torch.Tensor]:
     def watch(position: int, values: Any) -> None:
         if position in casts:
@@ -225,7 +225,7 @@ def _outputs(
             for node in cutter.live(position):
                 values[node] = uncast(node.name, sent, values[node].dtype)
 
-    return list(runner.run([batch], watch=watch if casts else None).values())
+    return list(runner.run(batch, watch=watch if casts else None).values())
 
 
 def _drift(exact: Sequence[list[torch.Tensor]], sent: Sequence[list[torch.Tensor]]) -> Drift:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -227,6 +227,34 @@ def ideal(problem: Problem) -> float:
     return float(work.until(counts)[-1]) / work.power(counts)
 
 
+@lru_cache(maxsize=8)
+def _groups(counts: Group, most: int) -> tuple[Group, ...]:
+    """Return all sets of at most so many devices, by how many there are of each kind."""
+    return tuple(g for g in product(*(range(n + 1) for n in counts)) if 0 < sum(g) <= most)
+
+
+@lru_cache(maxsize=8)
+def _larger(
+    counts: Group, most: int, groups: tuple[Group, ...]
+) -> tuple[tuple[Group, tuple[tuple[Group, Group], ...]], ...]:
+    """For all devices used, fewest first: the groups that are left, and what is used then.
+
+    It is the same for all batch sizes and bounds; of eight kinds, making it takes longest of all.
+    """
+    found = []
+    for used in sorted(product(*(range(n + 1) for n in counts)), key=sum):
+        left = [n - u for n, u in zip(counts, used, strict=True)]
+        spare = most - sum(used)
+        free = (
+            g
+            for g in groups
+            if sum(g) <= spare and all(a <= b for a, b in zip(g, left, strict=True))
+        )
+        larger = ((g, tuple(a + b for a, b in zip(used, g, strict=True))) for g in free)
+        found.append((used, tuple(larger)))
+    return tuple(found)
+
+
 class _Search:
     """One table: value[state][cut], a state = (stages so far, devices used of each kind)."""
 
@@ -241,11 +269,8 @@ class _Search:
         self.ideal = ideal(problem)
         self._windows: dict[tuple[Group, float], tuple[int, int]] = {}
 
-    def groups(self) -> list[Group]:
-        found = [
-            g for g in product(*(range(n + 1) for n in self.counts)) if 0 < sum(g) <= self.most
-        ]
-        return [g for g in found if sum(g) == 1] if self.single else found
+    def groups(self) -> tuple[Group, ...]:
+        return _groups(self.counts, 1 if self.single else self.most)
 
     def least(self, combine: Callable[..., Floats], bound: float) -> float:
         """Fill the table and return the least value at the end."""
@@ -273,26 +298,11 @@ class _Search:
         start = np.full(self.problem.size, np.inf)
         start[0] = 0.0
         self.table: dict[tuple[int, Group], Floats] = {(0, (0,) * len(self.counts)): start}
-        for used, larger in self._larger.items():
+        for used, larger in _larger(self.counts, self.most, self.groups()):
             for k in range(self.stages) if self.stages else (0,):
                 row = self.table.get((k, used))
                 if row is not None:
                     self._reach(row, k, used, larger, combine, bound)
-
-    @cached_property
-    def _larger(self) -> dict[Group, list[tuple[Group, Group]]]:
-        """For all devices used, fewest first: the groups that are left, and what is used then."""
-        groups = self.groups()
-        found = {}
-        for used in sorted(product(*(range(n + 1) for n in self.counts)), key=sum):
-            after = ((g, tuple(a + b for a, b in zip(used, g, strict=True))) for g in groups)
-            found[used] = [
-                (g, total)
-                for g, total in after
-                if sum(total) <= self.most
-                and all(t <= n for t, n in zip(total, self.counts, strict=True))
-            ]
-        return found
 
     def _reach(
         self,

@@ -77,6 +77,8 @@ def _stage(stage: PlacedStage) -> dict[str, Any]:
     found["device"] = stage.devices[0] if len(alike) == 1 else list(stage.devices)
     if len(stage.devices) > 1:
         found["replicas"] = len(stage.devices)
+    if stage.shares:
+        found["shares"] = list(stage.shares)
     if "cpu" in alike:
         found["threads"] = stage.threads
     return found

@@ -14,6 +14,7 @@ from streaminfer.planning.partitioner import (
     Kind,
     Partition,
     Problem,
+    Share,
     ideal,
     least_memory,
     solve,
@@ -229,9 +230,21 @@ def _candidate(
                 weight_bytes=sum(n.weight_bytes for n in profile.nodes[first : last + 1]),
                 memory=float(problem.memory[share.first, share.last]),
                 row_bytes=round(row * ratio),
+                shares=_speeds(problem, share, first, last) if len(used) > 1 else (),
             )
         )
     return predict(stages, batch, profile, request.link, request.machine)
+
+
+def _speeds(problem: Problem, share: Share, first: int, last: int) -> tuple[float, ...]:
+    """Return how fast each replica of a stage is, the slowest 1, in the order of its devices."""
+    hops = float(problem.receive[share.first] + problem.send[share.last])
+    seconds = [
+        float(problem.kinds[kind].seconds[first : last + 1].sum()) + hops
+        for kind, n in enumerate(share.group)
+        for _ in range(n)
+    ]
+    return tuple(round(max(seconds) / each, 2) for each in seconds)
 
 
 def _one_of_each_form(found: Sequence[Candidate], request: Request) -> list[Candidate]:

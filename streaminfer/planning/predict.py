@@ -44,6 +44,7 @@ class PlacedStage:
     weight_bytes: int
     memory: float  # bytes on each device
     row_bytes: int  # bytes that leave it for one sample, as sent
+    shares: tuple[float, ...] = ()  # relative speeds of replicas that are unlike
 
     @property
     def service(self) -> float:

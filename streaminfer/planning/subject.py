@@ -19,16 +19,21 @@ from streaminfer.spec.file import load
 
 __all__ = ["Example", "Subject", "parse_examples", "subject"]
 
-EXAMPLE = r"(\d+(?:x\d+)*)(?::([A-Za-z0-9_]+))?"
+EXAMPLE = r"(\d+(?:x\d+)*)(?::([A-Za-z0-9_]+)(?:<(\d+))?)?"
+LEAST = 2  # whole numbers are 0 or 1 unless told: what every vocabulary and mask has
 IMAGENET = 224  # the side of `--example` where a model is named without one
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input of the model: the shape of a sample without the batch, and its dtype."""
+    """One input of the model: the shape of a sample without the batch, and its dtype.
+
+    `max`: whole numbers are below it.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
+    max: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,19 @@ def subject(text: str, kwargs: str = "{}", example: str = "") -> Subject:
         place = ".".join(map(str, first["loc"][:2]))
         if place == "model.example":
             raise ConfigError(
-                f"{example!r} is not what a model takes in this version: {first['msg']}",
+                f"{example!r} is not what a model takes: {first['msg']}",
                 where="--example",
-                hint="one float32 input: 3x224x224",
+                hint="3x224x224 for images, 77:int64<1000,77:int64 for two inputs",
             ) from None
         raise ConfigError(first["msg"], where=place or "MODEL") from None
     return Subject(spec, document, Path())
 
 
 def parse_examples(text: str) -> tuple[Example, ...]:
-    """Read "3x224x224" or "3x224x224:float32,77:int64". Raises ConfigError."""
+    """Read "3x224x224" or "3x224x224:float32,77:int64<49408". Raises ConfigError.
+
+    Whole numbers without a bound are 0 and 1.
+    """
     if not text:
         return ()
     found = []
@@ -94,11 +102,13 @@ def parse_examples(text: str) -> tuple[Example, ...]:
             raise ConfigError(
                 f"{part!r} is no example input",
                 where="--example",
-                hint="sizes of one sample joined by x, and a dtype: 3x224x224 or 77:int64; "
-                "several inputs are separated by commas",
+                hint="sizes of one sample joined by x, and a dtype: 3x224x224 or 77:int64, or "
+                "77:int64<1000 for numbers below 1000; several inputs are separated by commas",
             )
         shape = tuple(int(n) for n in match[1].split("x"))
-        found.append(Example(shape, match[2] or "float32"))
+        whole = (match[2] or "").startswith(("int", "uint"))
+        bound = int(match[3]) if match[3] else LEAST if whole else None
+        found.append(Example(shape, match[2] or "float32", bound))
     return tuple(found)
 
 
@@ -112,7 +122,10 @@ def _declared(examples: tuple[Example, ...]) -> list[Any]:
         )
     if examples == (Example(examples[0].shape),):
         return list(examples[0].shape)
-    return [{"shape": list(e.shape), "dtype": e.dtype} for e in examples]
+    return [
+        {"shape": list(e.shape), "dtype": e.dtype, **({"max": e.max} if e.max else {})}
+        for e in examples
+    ]
 
 
 def _options(kwargs: str) -> dict[str, Any]:

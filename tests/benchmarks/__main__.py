@@ -17,6 +17,7 @@ from rich.table import Table
 from tests.benchmarks import (
     bounded,
     digits,
+    edges,
     loading,
     memory,
     planning,
@@ -45,6 +46,7 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (bounded.on_memory, {bounded.MEMORY: "≤ 1.0"}),
     (bounded.on_kafka, {bounded.KAFKA: "≤ 1.0"}),
     (tiles.measure, {tiles.TIME: "≤ 0.55", tiles.MEMORY: "≤ 0.55"}),
+    (edges.measure, {edges.FP16: "≥ 2.0", edges.INT8: "≥ 3.8"}),
     (planning.plan_time, {planning.TIME: "≤ 5"}),
     (planning.brute, {planning.BRUTE: "≤ 1.05"}),
     (planning.equal, dict.fromkeys(planning.EQUAL.values(), "≥ 1.0") | {planning.WINS: "≥ 3"}),

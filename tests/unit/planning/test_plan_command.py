@@ -198,7 +198,7 @@ def test_tables_fit_a_terminal(folder: Path) -> None:
     [
         (("model.py:build",), "no example input"),
         (("model.py:build", "--example", "3x0x2"), "'3x0x2' is no example input"),
-        (("model.py:build", "--example", "3x16x16,4:int64"), "not what a model takes"),
+        (("model.py:build", "--example", "3x16x16,4:int65"), "not what a model takes"),
         (("model", "--example", "3x16x16"), "neither a pipeline file nor a model"),
         (("model.py:other", "--example", "3x16x16"), "has no 'other'"),
         ((*MODEL_FLAGS, "--kwargs", "["), "no JSON"),
