@@ -25,7 +25,7 @@ from streaminfer.runtime.speed import combined
 from streaminfer.runtime.steps import Step, chain
 from streaminfer.runtime.worker import Limits, Upkeep, Worker
 from streaminfer.spec import PipelineSpec
-from streaminfer.spec.models import PartSpec, StageSpec
+from streaminfer.spec.stages import PartSpec, StageSpec
 from streaminfer.telemetry import serve
 from streaminfer.topics import topic_specs, window
 from streaminfer.topology import SINK, Topology, WorkerSpec, build

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streaminfer.plan import Edge, Plan, Source, StagePlan, TensorSpec
 from streaminfer.spec import PipelineSpec
-from streaminfer.spec.models import PartSpec
+from streaminfer.spec.stages import PartSpec
 
 DIGEST = "0123456789abcdef" * 4
 MODEL = {"factory": "toy.py:build", "example": [3, 8, 8]}

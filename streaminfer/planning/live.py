@@ -242,20 +242,16 @@ def advise(
         )
     notes = () if layers else ("`streaminfer profile` makes advice about cuts possible",)
     limit = _cores_limit(loads, cores, whole)
-    if busy < HOT and not limit and not whole.growth > 0.05 * samples:
-        return said(
-            "leave",
-            f"{name} is the slowest and works {busy:.0%} of the time: it can carry "
-            f"{capacity:,.1f} samples a second, and {rate:,.1f} come",
-            notes=notes,
-        )
     if busy < HOT and not limit:
-        return said(
-            "leave",
+        grows = whole.growth > 0.05 * samples
+        why = (
             f"the lag grows, but {name}, the slowest, works {busy:.0%} of the time: it is no "
-            "device that limits; look at the event loop, the window and the link",
-            notes=notes,
+            "device that limits; look at the event loop, the window and the link"
+            if grows
+            else f"{name} is the slowest and works {busy:.0%} of the time: it can carry "
+            f"{capacity:,.1f} samples a second, and {rate:,.1f} come"
         )
+        return said("leave", why, notes=notes)
     changes = sorted(_changes(loads, cores, layers), key=lambda change: -change.gain)
     if limit:
         notes = (*notes, limit)

@@ -27,7 +27,7 @@ from streaminfer.parallel.tensor import split_channels
 from streaminfer.plan import PRESENT, Edge, Source
 from streaminfer.planning.example import example_inputs
 from streaminfer.spec import ModelSpec, PipelineSpec
-from streaminfer.spec.models import ExitSpec, PartSpec, StageSpec
+from streaminfer.spec.stages import ExitSpec, PartSpec, StageSpec
 
 __all__ = ["FUSES", "Draft", "exit_model", "lower"]
 

@@ -17,7 +17,7 @@ from streaminfer.planning.example import Inputs, example_inputs
 from streaminfer.planning.factory import make_model
 from streaminfer.planning.lower import FUSES, exit_model
 from streaminfer.spec import ModelSpec, PipelineSpec
-from streaminfer.spec.models import StageSpec
+from streaminfer.spec.stages import StageSpec
 
 __all__ = ["reference"]
 

@@ -1,6 +1,6 @@
 """WHAT the user declares: the pipeline file, its values, its checks, and how it is read.
 
-units.py     "16MB", "4ms", names      models.py  the file as frozen models
+units.py     "16MB", "4ms", names      models.py  the file as frozen models, stages.py  its stages
 checks.py    what may not stand together          file.py  file < environment < flags
 problems.py  pydantic's errors in plain words     tree.py  YAML with lines and ${VAR}
 """
@@ -8,19 +8,16 @@ problems.py  pydantic's errors in plain words     tree.py  YAML with lines and $
 from streaminfer.spec.checks import Problem, did_you_mean
 from streaminfer.spec.file import load, origins
 from streaminfer.spec.models import (
-    BatchSpec,
     EdgeSpec,
     EdgesSpec,
     InputSpec,
     KafkaSpec,
     MetricsSpec,
-    ModelSpec,
     OutputSpec,
     PipelineSpec,
-    StageSpec,
-    TensorExample,
     json_schema,
 )
+from streaminfer.spec.stages import BatchSpec, ModelSpec, StageSpec, TensorExample
 from streaminfer.spec.units import Duration, Size, parse_duration, parse_size
 
 __all__ = [

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from streaminfer.spec.models import (
+    from streaminfer.spec.models import InputSpec, KafkaSpec, PipelineSpec
+    from streaminfer.spec.stages import (
         BranchSpec,
-        InputSpec,
-        KafkaSpec,
         ModelSpec,
         PartSpec,
-        PipelineSpec,
         SplitSpec,
         StageSpec,
         TensorExample,

@@ -11,7 +11,8 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from streaminfer.spec.checks import Problem, did_you_mean, nearest
-from streaminfer.spec.models import PipelineSpec, TensorExample
+from streaminfer.spec.models import PipelineSpec
+from streaminfer.spec.stages import TensorExample
 from streaminfer.spec.tree import KeyPath
 
 __all__ = ["problems_of"]
