@@ -19,7 +19,7 @@ __all__ = ["KAFKA", "MEMORY", "measure"]
 
 MEMORY = "resnet50_speedup_memory"
 KAFKA = "resnet50_speedup_kafka"
-IMAGES = 96  # a round
+IMAGES = 192  # a round: filling and draining the pipeline counts, too
 ROUNDS = 3
 
 

@@ -7,6 +7,8 @@ once, prints the seconds that it took.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from tests.benchmarks.images import photos
 
 async def main(file: Path, count: int) -> None:
     """Stream `count` photos for every line."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # its stdin is read in a thread
     spec, folder = load(file), file.parent / "plan"
     plan = ensure(spec, folder, random_weights=True)
     jpegs = list(photos(count))
