@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streaminfer.commands.planning import Outcome
+from streaminfer.planning.figures import duration, size
 from streaminfer.planning.planner import Edge
 from streaminfer.planning.predict import LOAD, Candidate
 from streaminfer.planning.profile import Profile
@@ -47,7 +48,7 @@ def show_profile(found: Profile, console: Console) -> None:
         rate = f"{1 / link.per_byte / 1e6:,.0f} MB/s" if link.per_byte else "no bytes copied"
         console.print(f"link {link.name}: {link.alpha * 1e3:.2f} ms a hop, {rate} ({link.source})")
     console.print(
-        f"input {found.ingest * 1e3:.2f} ms to decode; weights {_bytes(found.weight_bytes)}"
+        f"input {found.ingest * 1e3:.2f} ms to decode; weights {size(found.weight_bytes)}"
     )
 
 
@@ -83,8 +84,8 @@ def _parts(found: Profile) -> Table:
             f"{seconds * 1000:,.2f}",
             f"{seconds / total:.0%}",
             bar(seconds / total * 4, 16),
-            _bytes(sum(n.weight_bytes for n in nodes)),
-            _bytes(max(n.peak_bytes for n in nodes)),
+            size(sum(n.weight_bytes for n in nodes)),
+            size(max(n.peak_bytes for n in nodes)),
             f"{cut.row_bytes:,}" if cut else "",
             *(encoded if cut else [""] * 4),
         )
@@ -116,7 +117,7 @@ def show_plan(outcome: Outcome, console: Console, written: Path | None) -> None:
         Text.assemble(
             (best.form, "bold green"),
             f"  batch {best.batch}  predicted {best.throughput:,.1f} samples/s",
-            f"  (at {LOAD:.0%} of it p50 {_ms(best.p50)}, p99 {_ms(best.p99)})",
+            f"  (at {LOAD:.0%} of it p50 {duration(best.p50)}, p99 {duration(best.p99)})",
         )
     )
     for line in outcome.answer.why:
@@ -147,11 +148,11 @@ def _stages(best: Candidate) -> Table:
             stage.name,
             stage.until or "end",
             devices + copies + threads,
-            _ms(stage.compute),
-            _ms(stage.receive + stage.send),
+            duration(stage.compute),
+            duration(stage.receive + stage.send),
             f"{busy[stage.name]:.0%}",
-            _bytes(stage.weight_bytes),
-            _bytes(stage.memory),
+            size(stage.weight_bytes),
+            size(stage.memory),
             f"{stage.row_bytes:,}",
         )
     return table
@@ -217,17 +218,6 @@ def _others(outcome: Outcome) -> Table:
             ]
         table.add_row(*row, style="bold" if place == 0 else "")
     return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
-
-
-def _bytes(nbytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes:,.0f} B"
 
 
 def to_json(outcome: Outcome) -> str:

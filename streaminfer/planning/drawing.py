@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
+from streaminfer.planning.figures import duration, size
 from streaminfer.planning.predict import Candidate
 from streaminfer.planning.profile import Profile
 
@@ -85,13 +86,13 @@ def _row(part: Part, y: int, stage: int, slowest: float, largest: int) -> Iterat
     width = max(1.0, part.seconds / slowest * TIMES)
     x = NAMES + 16
     yield _bar(colour, x, y + 3, width, ROW - 6)
-    yield _figure(_ms(part.seconds), x + width + 6, middle)
+    yield _figure(duration(part.seconds), x + width + 6, middle)
     if part.row_bytes is None:
         return
     x = NAMES + TIMES + 96
     width = max(1.0, part.row_bytes / largest * BYTES)
     yield _bar("bytes", x, y + 3, width, ROW - 6)
-    yield _figure(_size(part.row_bytes), x + width + 6, middle)
+    yield _figure(size(part.row_bytes), x + width + 6, middle)
 
 
 def _bar(kind: str, x: float, y: float, width: float, height: float) -> str:
@@ -109,7 +110,7 @@ def _cut(candidate: Candidate, stage: int, y: int) -> str:
     before, after = candidate.stages[stage], candidate.stages[stage + 1]
     width = NAMES + TIMES + BYTES + 180
     middle = y + CUT / 2 - 2
-    text = f"{before.name} ✂ {after.name}: {_size(before.row_bytes)} per sample as sent"
+    text = f"{before.name} ✂ {after.name}: {size(before.row_bytes)} per sample as sent"
     return (
         f'<line class="cut" x1="0" x2="{width}" y1="{middle}" y2="{middle}"/>'
         + _bar("label", NAMES + 14, middle - 10, 7.6 * len(text), 20)
@@ -225,14 +226,3 @@ def _nice(span: float) -> float:
 def _svg(width: float, height: float, lines: Sequence[str], label: str) -> str:
     head = f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">'
     return "\n".join([head, *lines, "</svg>"])
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.2f} ms" if seconds < 0.01 else f"{seconds * 1000:,.1f} ms"
-
-
-def _size(nbytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes:,.0f} B"

@@ -217,8 +217,8 @@ def advise(
 
     Args:
         halves: consecutive measurements of it, of about the same length.
-        places: every cell of its plan, in order.
-        cores: of the one machine that all its CPU cells share; None: they do not.
+        places: every stage of its plan, in order.
+        cores: of the one machine that all its CPU stages share; None: they do not.
         worth: the least gain for which a change is worth it; 0.15 is 15 %.
         layers: the model's, as profiled, in order; without them no cut is moved.
     """
@@ -240,8 +240,9 @@ def advise(
             f"{samples:,.0f} samples and {batches:,.0f} batches of {name} in {whole.span:,.0f} s "
             f"are too few: {SAMPLES} and {BATCHES} are needed",
         )
-    notes = () if layers else ("`streaminfer profile` makes advice about cuts possible",)
     limit = _cores_limit(loads, cores, whole)
+    notes = [] if layers else ["`streaminfer profile` makes advice about cuts possible"]
+    notes += [limit] if limit else []
     if busy < HOT and not limit:
         grows = whole.growth > 0.05 * samples
         why = (
@@ -251,21 +252,19 @@ def advise(
             else f"{name} is the slowest and works {busy:.0%} of the time: it can carry "
             f"{capacity:,.1f} samples a second, and {rate:,.1f} come"
         )
-        return said("leave", why, notes=notes)
+        return said("leave", why, notes=tuple(notes))
     changes = sorted(_changes(loads, cores, layers), key=lambda change: -change.gain)
-    if limit:
-        notes = (*notes, limit)
     good = [c for c in changes if c.gain >= worth]
     for change in good:
         if all(_again(change, half, places, cores, layers) >= worth for half in halves):
             why = f"{name} works {busy:.0%} of the time and limits the pipeline"
             others = tuple(c for c in changes if c is not change)
-            return said("change", why, change=change, others=others, notes=notes)
+            return said("change", why, change=change, others=others, notes=tuple(notes))
     best = f"the best change brings {changes[0].gain:.0%}" if changes else "nothing can be changed"
     why = f"{best}, less than {worth:.0%}"
     if good:
         why = f"{good[0].text} would bring {good[0].gain:.0%}, but not in all of the measurement"
-    return said("leave", why, others=tuple(changes), notes=notes)
+    return said("leave", why, others=tuple(changes), notes=tuple(notes))
 
 
 def _together(halves: Sequence[Live]) -> Live:

@@ -8,6 +8,7 @@ from html import escape
 
 from streaminfer.planning.codecs import EdgeChoice
 from streaminfer.planning.drawing import graph, timeline
+from streaminfer.planning.figures import duration, size
 from streaminfer.planning.planner import Answer, Edge, Request
 from streaminfer.planning.predict import LOAD, Candidate, Measured
 from streaminfer.planning.profile import Profile
@@ -109,11 +110,13 @@ class Page:
         yield _fact(f"{best.throughput:,.1f}/s", "samples, predicted")
         if real:
             yield _fact(f"{real.throughput:,.1f}/s", "samples, measured here")
-        yield _fact(f"{_ms(best.p50)} / {_ms(best.p99)}", f"p50 / p99 at {LOAD:.0%} of it")
+        yield _fact(
+            f"{duration(best.p50)} / {duration(best.p99)}", f"p50 / p99 at {LOAD:.0%} of it"
+        )
         yield _fact(str(best.batch), "samples in a micro-batch")
-        yield _fact(_size(self.profile.weight_bytes), "weights")
+        yield _fact(size(self.profile.weight_bytes), "weights")
         if best.hop_bytes:
-            yield _fact(_size(sum(best.hop_bytes)), "per sample over hops")
+            yield _fact(size(sum(best.hop_bytes)), "per sample over hops")
 
     def _measured_on(self) -> str:
         device = self.profile.devices[0]
@@ -146,11 +149,11 @@ class Page:
                 stage.name,
                 stage.until or "the model's end",
                 f"{', '.join(dict.fromkeys(stage.devices))} x{len(stage.devices)}",
-                _ms(stage.compute),
-                _ms(stage.receive + stage.send),
+                duration(stage.compute),
+                duration(stage.receive + stage.send),
                 f"{best.busy()[stage.name]:.0%}",
-                _size(stage.weight_bytes),
-                _size(stage.memory),
+                size(stage.weight_bytes),
+                size(stage.memory),
             )
 
     def _candidate_heads(self) -> tuple[str, ...]:
@@ -163,7 +166,9 @@ class Page:
             if self.measured:
                 real = self.measured.get(place)
                 row += (
-                    [f"{real.throughput:,.1f}", _ms(real.p50), _ms(real.p99)] if real else ["-"] * 3
+                    [f"{real.throughput:,.1f}", duration(real.p50), duration(real.p99)]
+                    if real
+                    else ["-"] * 3
                 )
             yield row
 
@@ -182,8 +187,8 @@ class Page:
                     (
                         point.layer,
                         dtype + (" (chosen)" if dtype == choice.dtype else ""),
-                        _size(point.row_bytes),
-                        _size(point.row_bytes * ratio),
+                        size(point.row_bytes),
+                        size(point.row_bytes * ratio),
                         f"{1 / ratio:.2f} x",
                         changed,
                         f"{drift.max_abs:.1e}",
@@ -234,13 +239,13 @@ def _row(candidate: Candidate) -> list[str]:
         str(candidate.batch),
         f"{sum(candidate.hop_bytes):,}" if candidate.hop_bytes else "-",
         f"{candidate.throughput:,.1f}",
-        _ms(candidate.p50),
-        _ms(candidate.p99),
+        duration(candidate.p50),
+        duration(candidate.p99),
     ]
 
 
 def _measured(real: Measured) -> list[str]:
-    return [f"{real.throughput:,.1f}", _ms(real.p50), _ms(real.p99)]
+    return [f"{real.throughput:,.1f}", duration(real.p50), duration(real.p99)]
 
 
 def _table(heads: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
@@ -259,14 +264,3 @@ def _best(place: int, heads: Sequence[str]) -> str:
 
 def _fact(value: str, what: str) -> str:
     return f"<div>{escape(value)}<span>{escape(what)}</span></div>"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
-
-
-def _size(nbytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes:,.0f} B"
