@@ -91,7 +91,8 @@ async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
 
 async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) -> None:
     """Also: in order, none twice, and the consumer finds its way back by itself."""
-    kafka = quick(own_broker.address, close_timeout=20.0)
+    # Patience outlasts the broker's start, which takes many seconds on a busy machine.
+    kafka = quick(own_broker.address, close_timeout=20.0, rebalance_timeout=30.0)
     topic = await make(kafka)
     acks: list[asyncio.Future[Position]] = []
     joined, done = asyncio.Event(), asyncio.Event()
