@@ -24,6 +24,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from streaminfer.errors import CaptureError, PlanError
+from streaminfer.parallel.kernels import quicker
 from streaminfer.parallel.operators import Operator, arguments, name_of, resolve
 from streaminfer.parallel.signature import DTYPES, Port, dtype_name
 
@@ -280,7 +281,7 @@ class _Loader:
         elif kwargs or not all(_is_size(arg) for arg in args):
             _bad(f"{name!r}: {operator} takes sizes only")
         return _Call(
-            function,
+            quicker(function, self._device),
             args,
             tuple((i, arg) for i, arg in enumerate(args) if _has_hole(arg)),
             {key: arg for key, arg in kwargs.items() if not _has_hole(arg)},
