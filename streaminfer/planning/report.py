@@ -148,7 +148,8 @@ class Page:
             yield (
                 stage.name,
                 stage.until or "the model's end",
-                f"{', '.join(dict.fromkeys(stage.devices))} x{len(stage.devices)}",
+                f"{', '.join(dict.fromkeys(stage.devices))} x{len(stage.devices)}"
+                + (f", {stage.split.how.short}" if stage.split else ""),
                 duration(stage.compute),
                 duration(stage.receive + stage.send),
                 f"{best.busy()[stage.name]:.0%}",
