@@ -50,8 +50,8 @@ class Splitter(Protocol):
 
     def figures(
         self, first: int, last: int, how: How, batch: int, device: DeviceProfile
-    ) -> Figures:
-        """Build a split and time it. Only of what may be split so."""
+    ) -> Figures | None:
+        """Build and time what may be split so; None if even a part is too large to be timed."""
 
 
 @dataclass(frozen=True)

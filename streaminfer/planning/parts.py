@@ -41,12 +41,11 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass
 class Parts:
-    """The splits of one captured model; each is built once, and timed once per batch and device."""
+    """The splits of one captured model. It keeps their figures, and the weights of none."""
 
     captured: Captured
-    _fans: dict[tuple[int, int, How], Fan] = field(default_factory=dict)
-    _inputs: dict[tuple[int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
     _peaks: dict[tuple[int, int, How], tuple[int, int]] = field(default_factory=dict)
+    _given: tuple[tuple[int, int], dict[str, torch.Tensor]] | None = None
 
     @property
     def images(self) -> bool:
@@ -62,18 +61,28 @@ class Parts:
 
     def figures(
         self, first: int, last: int, how: How, batch: int, device: DeviceProfile
-    ) -> Figures:
-        """Build a split and time it on a device.
+    ) -> Figures | None:
+        """Build a split and time it on a device; None if even a part is too large for that.
 
         Raises:
             CaptureError: it may not be split so.
-            torch.OutOfMemoryError: even a part is too large for the device.
         """
-        fan = self._fan(first, last, how)
-        given = self._given(first, batch)
-        place = torch.device(device.device)
-        with threads_set(device.threads):
-            timed = _timed(self.captured.cutter.stage(first, last), fan, given, place)
+        cutter = self.captured.cutter
+        fan = (
+            split_tiles(cutter, first, last, how.grid)
+            if how.grid
+            else split_channels(cutter, first, last, how.parts)
+        )
+        try:
+            with threads_set(device.threads):
+                timed = _timed(
+                    cutter.stage(first, last),
+                    fan,
+                    self._inputs(first, batch),
+                    torch.device(device.device),
+                )
+        except torch.OutOfMemoryError:
+            return None
         key = first, last, how
         if key not in self._peaks:
             self._peaks[key] = self._most_alive(first, fan)
@@ -90,33 +99,21 @@ class Parts:
             gather_peak=gather_peak,
         )
 
-    def _fan(self, first: int, last: int, how: How) -> Fan:
-        key = first, last, how
-        if key not in self._fans:
-            cutter = self.captured.cutter
-            self._fans[key] = (
-                split_tiles(cutter, first, last, how.grid)
-                if how.grid
-                else split_channels(cutter, first, last, how.parts)
-            )
-        return self._fans[key]
-
-    def _given(self, first: int, batch: int) -> dict[str, torch.Tensor]:
-        """Return what comes into a stage, computed by what lies before it."""
-        key = first, batch
-        if key not in self._inputs:
+    def _inputs(self, first: int, batch: int) -> dict[str, torch.Tensor]:
+        """Return what comes into a stage, computed by what lies before it; keep the last alone."""
+        if self._given is None or self._given[0] != (first, batch):
             cutter = self.captured.cutter
             rows = example_tensors(self.captured, batch)
             names = [node.name for node in cutter.captured.inputs]
             found = dict(zip(names, rows, strict=True))
             if first:
                 found = _call(cutter.stage(0, first - 1), found)
-            self._inputs[key] = found
-        return self._inputs[key]
+            self._given = (first, batch), found
+        return self._given[1]
 
     def _most_alive(self, first: int, fan: Fan) -> tuple[int, int]:
         """Return the bytes of activations for one row, of the largest part and of the gather."""
-        sent = self._given(first, 2)
+        sent = self._inputs(first, 2)
         if fan.scatter is not None:
             sent = _call(fan.scatter, sent)
         given: dict[str, torch.Tensor] = {}

@@ -138,7 +138,10 @@ class Page:
         return text
 
     def _key(self) -> str:
-        names = [(s.name, f"s{k % 6}") for k, s in enumerate(self.answer.best.stages)]
+        names = [
+            (f"{s.name}, {s.split.how.short}" if s.split else s.name, f"s{k % 6}")
+            for k, s in enumerate(self.answer.best.stages)
+        ]
         marks = [*names, ("receive and send", "hop"), ("bubble", "bubble")]
         return "".join(f'<i style="background: var(--{c})"></i>{escape(n)}' for n, c in marks)
 

@@ -207,6 +207,8 @@ def test_the_parts_are_measured_as_they_run(folder: Path) -> None:
     whole = sum(node.weight_bytes for node in found.nodes[cut + 1 : end + 1])
     two = request.splitter.figures(cut + 1, end, How(2), 1, found.devices[0])
     four = request.splitter.figures(cut + 1, end, How(4), 1, found.devices[0])
+    assert two is not None
+    assert four is not None
     assert two.weights == pytest.approx(whole / 2, rel=0.01)
     assert four.weights == pytest.approx(whole / 4, rel=0.01)
     assert two.takes == (256 * 4,) * 2
