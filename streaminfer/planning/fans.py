@@ -15,7 +15,7 @@ from streaminfer.planning.partitioner import Kind, Problem
 from streaminfer.planning.predict import BUFFERS, How, PlacedStage, Split
 from streaminfer.planning.profile import DeviceProfile
 
-__all__ = ["Crossing", "Figures", "PlacedFan", "Splitter", "fan_of", "joined"]
+__all__ = ["Crossing", "Figures", "PlacedFan", "Splitter", "evenly", "fan_of", "joined"]
 
 # position of a cut (None: the model's input), bytes → seconds to receive, to send
 Crossing = Callable[[int | None, float], tuple[float, float]]
@@ -122,6 +122,18 @@ def fan_of(
         given=sum(one.gives),
         row_in=float(problem.held[a]) / held,
         row_out=float(problem.held[b]) / held,
+    )
+
+
+def evenly(stage: PlacedStage, how: How) -> PlacedStage:
+    """Return a stage split at no cost: no split is better."""
+    return replace(
+        stage,
+        compute=stage.compute / how.parts,
+        send=stage.send / how.parts,
+        memory=stage.memory / how.parts,
+        shares=(),
+        split=Split(how, 0.0, 0.0, stage.row_bytes, 0.0, stage.memory),
     )
 
 

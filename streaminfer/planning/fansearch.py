@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streaminfer.planning.cheapest import Floats, Leg, Option, cheapest, groups
-from streaminfer.planning.fans import Crossing, Figures, PlacedFan, Splitter, fan_of, joined
+from streaminfer.planning.fans import Crossing, Figures, PlacedFan, Splitter, evenly, fan_of, joined
 from streaminfer.planning.partitioner import Partition, Problem, Share
 from streaminfer.planning.predict import Candidate, How, PlacedStage, predict
 
@@ -31,7 +31,8 @@ __all__ = ["Known", "Search", "Setting"]
 
 SLACK = 1.02  # of the least bottleneck: as good, so that fewer devices and less latency decide
 NEAR = 1.08  # x what an estimate promises: near enough to leave that unmeasured
-MEASURED = 24  # splits that one plan builds and times at most
+MEASURED = 24  # splits that are built and timed at most, where no other plan runs
+FEW = 6  # where one does
 AHEAD = 12  # cuts that are looked at for the first end of a stage that may be split
 
 
@@ -123,23 +124,32 @@ class Search:
         """
         self._slowest = self._batch / floor if floor else float("inf")
         ideal = self._solve(quickest, [*self._plain, *self._split(everywhere=True)])
-        if not ideal or not _may_pass(ideal, self._batch, floor, bound):
+        if not self._may_pass(ideal, floor, bound):
             return []
         if self._estimates is None:
             self._estimates = list(self._split())
         while True:
             best = self._solve(quickest, [*self._plain, *self._overlaid(guessing=True)])
-            if not best or not _may_pass(best, self._batch, floor, bound):
+            if not self._may_pass(best, floor, bound):
                 return []
             tried = self._solve(quickest, [*self._plain, *self._overlaid(guessing=False)])
             near = tried and _value(tried, quickest) <= NEAR * _value(best, quickest)
-            enough = self._known.measured >= MEASURED
+            enough = self._known.measured >= (FEW if floor else MEASURED)
             if not near and not enough and self._measure(best):
                 continue
             if not tried or not any(leg.option.how for leg in tried):
                 return []
             if candidate := self._candidate(tried):
                 return [candidate]
+
+    def _may_pass(self, legs: Sequence[Leg], floor: float, bound: float | None) -> bool:
+        """Tell whether a plan is predicted to be quick enough; one that has no split is not."""
+        if not any(leg.option.how for leg in legs):
+            return False
+        if not floor and bound is None:
+            return True
+        found = self._predicted(legs)
+        return found.throughput >= floor and (bound is None or found.p99 <= bound)
 
     def outline(self) -> list[How] | None:
         """Return the splits of the best plan as far as estimates go; None if there is no plan."""
@@ -270,21 +280,29 @@ class Search:
 
     def _candidate(self, legs: Sequence[Leg]) -> Candidate | None:
         """Place a plan; None where what is joined fits nowhere: such a split is not taken again."""
+        found = self._predicted(legs)
+        pools = self._known.request.pools
+        caps = {name: pool.memory for pool in pools for name in pool.names}
+        if all(_fits(stage, caps) for stage in found.stages):
+            return found
+        taken = [(leg.a, leg.b, leg.option.how) for leg in legs if leg.option.how]
+        self._known.misfits |= {(a, b, how, self._batch) for a, b, how in taken}
+        return None
+
+    def _predicted(self, legs: Sequence[Leg]) -> Candidate:
+        """Predict what a plan does, if splits that were not measured share their work evenly."""
         shares = [
             Share(leg.a, leg.b, leg.option.group, float(leg.option.period[leg.a, leg.b]))
             for leg in legs
         ]
         stages = self._setting.place(Partition(tuple(shares), max(s.seconds for s in shares)))
         fans = {k: fan for k, leg in enumerate(legs) if (fan := self._priced(leg))}
-        stages = joined(stages, fans, self._batch)
-        request = self._known.request
-        caps = {name: pool.memory for pool in request.pools for name in pool.names}
-        if not all(_fits(stage, caps) for stage in stages):
-            taken = [(leg.a, leg.b, leg.option.how) for leg in legs if leg.option.how]
-            self._known.misfits |= {(a, b, how, self._batch) for a, b, how in taken}
-            return None
-        profile = self._known.profile
-        return predict(stages, self._batch, profile, request.link, request.machine)
+        for k, leg in enumerate(legs):
+            if leg.option.how and k not in fans:
+                stages[k] = evenly(stages[k], leg.option.how)
+        request, profile = self._known.request, self._known.profile
+        placed = joined(stages, fans, self._batch)
+        return predict(placed, self._batch, profile, request.link, request.machine)
 
 
 def _fits(stage: PlacedStage, caps: Mapping[str, float]) -> bool:
@@ -298,12 +316,6 @@ def _value(legs: Sequence[Leg], quickest: bool) -> float:
     if quickest:
         return sum(float(leg.option.latency[leg.a, leg.b]) for leg in legs)
     return max(float(leg.option.period[leg.a, leg.b]) for leg in legs)
-
-
-def _may_pass(legs: Sequence[Leg], batch: int, floor: float, bound: float | None) -> bool:
-    """Tell whether a plan is quick enough, as estimated."""
-    fast = batch >= floor * _value(legs, quickest=False)
-    return fast and (bound is None or _value(legs, quickest=True) <= bound)
 
 
 def _between(values: Floats, problem: Problem) -> Floats:

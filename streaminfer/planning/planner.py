@@ -347,7 +347,7 @@ def _too_little(profile: Profile, request: Request) -> ConfigError:
                 (
                     remedy(profile, request, _settings(profile, request)[0]),
                     refusal(request.splitter, start, end) if alone and request.splitter else "",
-                    f"{factor:.1f} x the memory" + (" or a smaller --batch" if batch > 1 else ""),
+                    f"{factor:.2f} x the memory" + (" or a smaller --batch" if batch > 1 else ""),
                 ),
             )
         ),
