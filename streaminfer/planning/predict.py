@@ -152,6 +152,17 @@ class Candidate:
         """Bytes that one sample is on each hop between stages."""
         return tuple(stage.row_bytes for stage in self.stages[:-1])
 
+    @property
+    def travels(self) -> int:
+        """Bytes of one sample that are sent in all: between stages, and to and from parts."""
+        total, before = sum(self.hop_bytes), True  # a scatter of its own begins the model
+        for stage in self.stages:
+            if stage.split and before:
+                total += max(0, stage.split.row_bytes - stage.row_bytes)
+            before = stage.split is not None
+        last = self.stages[-1]
+        return total + (last.row_bytes if last.split else 0)
+
     def busy(self) -> dict[str, float]:
         """Return the share of time that each stage computes at full throughput."""
         return {s.name: min(1.0, s.compute / s.replicas / self.period) for s in self.stages}

@@ -115,8 +115,8 @@ class Page:
         )
         yield _fact(str(best.batch), "samples in a micro-batch")
         yield _fact(size(self.profile.weight_bytes), "weights")
-        if best.hop_bytes:
-            yield _fact(size(sum(best.hop_bytes)), "per sample over hops")
+        if best.travels:
+            yield _fact(size(best.travels), "per sample over hops")
 
     def _measured_on(self) -> str:
         device = self.profile.devices[0]
@@ -241,7 +241,7 @@ def _row(candidate: Candidate) -> list[str]:
         candidate.form,
         ", ".join(s.until for s in candidate.stages if s.until) or "-",
         str(candidate.batch),
-        f"{sum(candidate.hop_bytes):,}" if candidate.hop_bytes else "-",
+        f"{candidate.travels:,}" if candidate.travels else "-",
         f"{candidate.throughput:,.1f}",
         duration(candidate.p50),
         duration(candidate.p99),

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from streaminfer import LocalPipeline
 from streaminfer.cli import app
 from streaminfer.commands.road import inputs
+from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
 from streaminfer.planning.drawing import Turn, schedule
@@ -129,6 +130,15 @@ def test_activations_too_large_for_a_device_run_as_tiles(folder: Path) -> None:
     assert answered(folder / "p.yaml") == 8
 
 
+def test_too_few_devices_are_told_how_many_would_do(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no plan fits") as error:
+        streaminfer("plan", *WIDE, "--devices", "cpu", "--memory", "900kB")
+    assert "weights of '2'" in str(error.value) or "weights of '4'" in str(error.value)
+    assert "devices like these may do, with a stage split by channels x" in str(error.value)
+    with pytest.raises(ConfigError, match="too little"):
+        streaminfer("plan", *WIDE, "--devices", "cpu,cpu,cpu", "--memory", "10kB")
+
+
 def test_trials_and_the_report_show_a_split(folder: Path) -> None:
     answer = planned(
         *WIDE, "--devices", "cpu,cpu,cpu,cpu", "--memory", "900kB", "--try", "--report", "r.html"
@@ -216,6 +226,25 @@ def test_the_parts_are_measured_as_they_run(folder: Path) -> None:
     assert two.gives == (256 * 4,) * 2  # sums of all channels
     assert two.peak >= 65536 // 2 * 4
     assert four.part < two.part < two.whole
+
+
+def test_tiles_are_measured_with_their_halo_and_all_weights(folder: Path) -> None:
+    captured = capture_model(subject("model.py:large", "{}", "3x96x96").spec)
+    found = profiler.profile(captured, places(["cpu", "cpu"]), batches=(1,), cached=False)
+    end = next(c.position for c in found.cuts if c.layer == "1")
+    parts = Parts(captured)
+    assert parts.images
+    assert "finer than the map" in parts.problem(0, end, How(200, (200, 1)))
+    two = parts.figures(0, end, How(2, (2, 1)), 1, found.devices[0])
+    assert two is not None
+    row, map_row = 3 * 96 * 4, 16 * 96 * 4  # bytes of a row of the image, and of the map behind
+    assert two.takes == (49 * row,) * 2  # a row of halo each
+    assert two.gives == (48 * map_row,) * 2
+    assert not two.shared
+    assert two.scatter > 0
+    assert two.weights == sum(node.weight_bytes for node in found.nodes[: end + 1])
+    whole = max(node.peak_bytes for node in found.nodes[: end + 1])
+    assert 0.5 * whole <= two.peak < 0.75 * whole
 
 
 def short_of_memory(devices: int) -> Candidate:

@@ -95,6 +95,7 @@ def test_a_cut_that_fits_nowhere_is_no_end_either() -> None:
     assert stage.split is not None
     assert stage.split.scatter > 0
     assert stage.split.gather > 0
+    assert answer.best.travels == 2 * ROW
 
 
 def test_what_fits_is_not_looked_at_for_splits() -> None:
@@ -143,6 +144,7 @@ def test_two_splits_in_a_row_have_a_worker_between_them() -> None:
     assert second.split is not None
     assert first.split.gather > second.split.gather == 0.0
     assert second.split.scatter == 0.0  # the same worker sends on
+    assert answer.best.travels == 4 * ROW  # to the first parts, from them, to the second, from them
 
 
 def test_a_bound_on_latency_that_only_a_split_keeps() -> None:
@@ -199,6 +201,7 @@ def test_the_hops_of_a_split_are_charged_to_who_makes_them() -> None:
     assert trunk.send == pytest.approx(0.00025)
     assert head.receive - a[3].receive == pytest.approx(0.0005)  # a message of each part
     assert far.best.hop_bytes == (ROW, ROW)
+    assert far.best.travels == 2 * ROW
     assert far.best.p50 > free.best.p50
 
 
