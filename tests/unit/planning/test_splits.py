@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise, product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.fans import Figures
@@ -218,3 +221,53 @@ def test_unlike_devices_share_at_the_pace_of_the_slower() -> None:
     both = plan(whole, replace(mixed, splitter=Evenly(whole, [(0, 0)]))).best
     assert both.stages[0].devices == ("cuda:0", "cuda:3")
     assert both.stages[0].compute == pytest.approx(0.0055)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 20), min_size=2, max_size=5),
+    st.lists(st.integers(1, 20), min_size=5, max_size=5),
+    st.integers(2, 5),
+    st.sampled_from([6, 11, 16]),
+)
+def test_no_plan_is_much_better_than_the_one_that_is_found(
+    ms: list[int], weights: list[int], devices: int, cap: int
+) -> None:
+    """By trying all cuts, and all ways to give each stage replicas or parts."""
+    profile = made(ms, weights=weights[: len(ms)])
+    every = {(a, b) for a in range(len(ms)) for b in range(a, len(ms))}
+    least = min(bottlenecks(ms, weights, devices, cap, 1.1), default=None)
+    try:
+        answer, _ = planned(profile, devices, every, memory=cap * 1.001e6)
+    except ConfigError:
+        assert least is None
+        return
+    assert least is not None
+    assert answer.best.throughput >= 0.85 * 1000 / least
+
+
+def bottlenecks(
+    ms: Sequence[int], weights: Sequence[int], devices: int, cap: float, dear: float
+) -> Iterator[float]:
+    """Yield the milliseconds of the slowest stage, of every plan that fits."""
+    for k in range(len(ms)):
+        for cuts in combinations(range(1, len(ms)), k):
+            spans = list(pairwise([0, *cuts, len(ms)]))
+            for counts in product(range(1, devices + 1), repeat=len(spans)):
+                if sum(counts) <= devices:
+                    stages = zip(spans, counts, strict=True)
+                    yield from _slowest([_ways(ms, weights, *s, n, cap, dear) for s, n in stages])
+
+
+def _slowest(ways: Sequence[Sequence[float]]) -> Iterator[float]:
+    if all(ways):
+        yield max(map(min, ways))
+
+
+def _ways(
+    ms: Sequence[int], weights: Sequence[int], a: int, b: int, n: int, cap: float, dear: float
+) -> list[float]:
+    """Return the period of a stage on n devices, on replicas and in parts, where it fits."""
+    work, size = sum(ms[a:b]), sum(weights[a:b])
+    whole = [work / n] if size <= cap else []
+    return whole + ([work / n * dear] if n > 1 and size / n <= cap else [])
