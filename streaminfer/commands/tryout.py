@@ -16,6 +16,7 @@ from streaminfer.client import Client, Prediction
 from streaminfer.commands.road import inputs
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
+from streaminfer.plan import Plan
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Edge
 from streaminfer.planning.predict import LOAD, Candidate, Measured
@@ -58,7 +59,7 @@ async def _run(file: Path, folder: Path, random_weights: bool, seconds: float) -
     spec = load(file)
     plan = await asyncio.to_thread(ensure, spec, folder, random_weights=random_weights)
     records = inputs(spec, 32, [port.name for port in plan.stages[0].inputs])
-    workers = 1 + sum(stage.replicas for stage in spec.stages)
+    workers = 1 + sum(stage.replicas + 2 * bool(stage.split) for stage in spec.stages)
     headers = TENSOR if spec.input.decode == "tensor" else ()
     async with LocalPipeline(spec, plan, folder) as pipeline, pipeline.client() as client:
         load_ = _Load(client, records, headers, 2 * spec.batch.max * workers)
@@ -70,10 +71,17 @@ async def _run(file: Path, folder: Path, random_weights: bool, seconds: float) -
         times = sorted(await load_.run(seconds, LOAD * rate))
     at = [times[min(len(times) - 1, int(q * len(times)))] if times else 0.0 for q in (0.5, 0.99)]
     busy = {
-        stage.name: (after[stage.name] - before[stage.name]) / passed / stage.replicas
+        stage.name: sum(after[name] - before[name] for name in names) / passed / places
         for stage in spec.stages
+        for names in [_computing(plan, stage.name)]
+        for places in [len(names) * stage.replicas]
     }
     return Measured(rate, at[0], at[1], busy)
+
+
+def _computing(plan: Plan, path: str) -> list[str]:
+    """Return what computes a declared stage: itself, or the parts of a split one."""
+    return [s.name for s in plan.stages if s.path == path and s.kind in ("stage", "part")]
 
 
 def _computed(metrics: Metrics) -> dict[str, float]:
