@@ -62,7 +62,7 @@ def test_the_engine_does_what_is_predicted(
     ratios = dict(outcome.ratios())
     assert ratios["throughput"] == pytest.approx(1.0, abs=0.05)
     assert ratios["p50"] == pytest.approx(1.0, abs=0.1)
-    assert ratios["p99"] == pytest.approx(1.0, abs=0.15)
+    assert ratios["p99"] == pytest.approx(1.0, abs=0.3)  # of 200 to 1,200 samples
     for name, batch in outcome.predicted.batch.items():
         assert batch == pytest.approx(outcome.measured.batch[name], rel=0.15)
 
