@@ -18,6 +18,7 @@ from streaminfer.errors import ConfigError
 
 __all__ = [
     "Arrivals",
+    "Encoded",
     "Floats",
     "Host",
     "Ints",
@@ -52,6 +53,15 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a sample costs on an edge of one dtype and codec: bytes, and seconds of the devices."""
+
+    nbytes: float
+    encode: float  # on the device that sends
+    decode: float  # on the device that reads
+
+
+@dataclass(frozen=True)
 class SimStage:
     """A stage: how long a batch takes, on how many devices, and what its output weighs.
 
@@ -70,6 +80,10 @@ class SimStage:
         leaves: 0-1: rows that have their answer here and go to the sink.
         device: what `prices` call it.
         shares: what each replica asks of the partitions; None: by its speed.
+        quorum: of what it reads, how many will do at the `deadline`; None: all, however late.
+        deadline: seconds from the first part of a micro-batch on.
+        edge: as what it reads travels; its bytes and its times are of that.
+        encodings: what else could travel, and what it would cost, by name.
     """
 
     name: str
@@ -89,6 +103,10 @@ class SimStage:
     leaves: float = 0.0
     device: str = "cpu"
     shares: tuple[float, ...] | None = None
+    quorum: int | None = None
+    deadline: float = 30.0
+    edge: str = "native"
+    encodings: Mapping[str, Encoded] = field(default_factory=dict)
 
     def table(self) -> list[float]:
         """Return the seconds of a batch of n samples at index n, 0 to `batch_max`."""
