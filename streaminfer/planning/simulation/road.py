@@ -296,6 +296,7 @@ class Inner(Worker):
     def add(self, batch: Batch) -> None:
         """Append to its topic."""
         if self.stages and batch not in self._gone:
+            batch.parts[self, "came"] = batch.parts.get((self, "came"), 0) + 1
             self.machine.tally.enter(self.stages[0][0], len(batch.sent) / self.parts)
         self._logs.setdefault(batch.partition, deque()).append(batch)
         self.wake()
@@ -343,7 +344,8 @@ class Inner(Worker):
             return
         self._gone.add(batch)
         tally, index, size = self.machine.tally, self.stages[0][0], len(batch.sent)
-        tally.enter(index, size * (1 - have / self.parts))  # what is missing is counted as come
+        came = batch.parts[self, "came"] / self.parts
+        tally.enter(index, size * (1 - came))  # the queue is of whole micro-batches
         self._inhand += size
         if have >= quorum:
             tally.partial += size * tally.counts

@@ -44,12 +44,14 @@ class StageTimes:
         spread: (third quartile - first) / median of the groups of calls, at the largest batch.
         speeds: of each replica's device, relative to the first; () if all are alike.
         leaves: 0-1: rows that had their answer at the stage's exit.
+        ratio: bytes of its output as they travel ÷ before compression.
     """
 
     seconds: Mapping[int, float]
     spread: float = 0.0
     speeds: tuple[float, ...] = ()
     leaves: float = 0.0
+    ratio: float = 1.0
 
 
 @dataclass(frozen=True)
