@@ -15,6 +15,26 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from streaminfer import cli_planning
+from streaminfer.cli_flags import (
+    Bus,
+    Changes,
+    Check,
+    Concurrency,
+    Cost,
+    Json,
+    Kafka,
+    Paths,
+    PatternText,
+    Pipeline,
+    PlanDir,
+    Priced,
+    Random,
+    Rate,
+    Replicas,
+    Seconds,
+    Seed,
+    Trust,
+)
 from streaminfer.errors import ConfigError, StreaminferError
 
 if TYPE_CHECKING:
@@ -35,33 +55,6 @@ config = typer.Typer(no_args_is_help=True, help="See what a pipeline file amount
 app.add_typer(topics, name="topics")
 app.add_typer(config, name="config")
 cli_planning.register(app)
-
-Pipeline = Annotated[Path, typer.Argument(metavar="PIPELINE", help="The pipeline file (YAML).")]
-Kafka = Annotated[
-    str | None,
-    typer.Option(
-        "--kafka",
-        metavar="HOST:PORT",
-        help="The broker; else KAFKA_BOOTSTRAP_SERVERS, else the file.",
-    ),
-]
-PlanDir = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="DIR", help="The plan directory; else one in .streaminfer/."),
-]
-Random = Annotated[
-    bool,
-    typer.Option("--random-weights", help="Don't load weights: seeded random ones, for trying."),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust", help="Read a model.file (.pt2): its reader can run what is in it."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Paths = Annotated[
-    list[str],
-    typer.Argument(metavar="FILES|DIRS|-", help="Images; a folder means all in it; - stdin."),
-]
 
 
 @app.command()
@@ -192,32 +185,17 @@ def cut(
 @app.command()
 def simulate(
     pipeline: Pipeline,
-    rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Images a second; else as fast as it goes.")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="Without a rate: images in flight (256).")
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(metavar="poisson|constant|burst", help="How they arrive.")
-    ] = "poisson",
-    replicas: Annotated[str, typer.Option(metavar="STAGE=N,…", help="Other replicas.")] = "",
-    devices: Annotated[
-        str, typer.Option(metavar="NAME,…", help="What --cost calls the stages' devices.")
-    ] = "",
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--what-if", metavar="KEY=VALUE", help="trunk.seconds=0.5x, link.alpha=2ms"),
-    ] = None,
-    cost: Annotated[
-        list[str] | None, typer.Option(metavar="DEVICE=$", help="Dollars an hour of a device.")
-    ] = None,
-    bus: Annotated[
-        str | None, typer.Option(metavar="memory|kafka", help="One process, or one per worker.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Simulated seconds.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
-    check: Annotated[bool, typer.Option("--check", help="Run it, too, and compare.")] = False,
+    rate: Rate = None,
+    concurrency: Concurrency = None,
+    pattern: PatternText = "poisson",
+    replicas: Replicas = "",
+    devices: Priced = "",
+    changes: Changes = None,
+    cost: Cost = None,
+    bus: Bus = None,
+    seconds: Seconds = 10.0,
+    seed: Seed = 0,
+    check: Check = False,
     plan: PlanDir = None,
     random_weights: Random = False,
     as_json: Json = False,

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-__all__ = ["register"]
+from streaminfer.cli_flags import (
+    Batch,
+    Broker,
+    Calibrate,
+    CodecText,
+    Devices,
+    ExampleText,
+    Fresh,
+    FromMetrics,
+    Json,
+    Kwargs,
+    LinkText,
+    MaxDrop,
+    Memory,
+    Model,
+    Output,
+    Over,
+    Random,
+    Report,
+    Slo,
+    Stages,
+    Tries,
+    Worth,
+)
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL|PIPELINE", help="package.module:factory, path.py:name, or a pipeline file."
-    ),
-]
-Devices = Annotated[
-    str,
-    typer.Option(
-        metavar="LIST", help="A worker each: cpu,cpu are two that share the cores; cuda:0,cuda:1."
-    ),
-]
-Kwargs = Annotated[str, typer.Option(metavar="JSON", help="Arguments of the factory.")]
-ExampleText = Annotated[
-    str,
-    typer.Option(
-        "--example",
-        metavar="3x224x224[:DTYPE[<MAX]]",
-        help="One sample of each input, comma-separated; whole numbers are below MAX (2).",
-    ),
-]
-Random = Annotated[
-    bool,
-    typer.Option("--random-weights", help="Don't load weights: seeded random ones, for trying."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Kafka = Annotated[
-    str | None,
-    typer.Option("--kafka", metavar="HOST:PORT", help="Measure the hops of this broker."),
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again, whatever was kept.")]
+__all__ = ["register"]
 
 
 def profile(
@@ -48,7 +40,7 @@ def profile(
     kwargs: Kwargs = "{}",
     example: ExampleText = "",
     random_weights: Random = False,
-    kafka: Kafka = None,
+    kafka: Broker = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -75,57 +67,25 @@ def profile(
 def plan(  # noqa: PLR0913 - a command's flags
     model: Model,
     devices: Devices = "cpu",
-    stages: Annotated[int | None, typer.Option(min=1, help="Exactly so many stages.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this micro-batch.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="4GB|cuda:0=16GB,…", help="Memory of each device.")
-    ] = None,
-    slo: Annotated[
-        str | None, typer.Option(metavar="p99=50ms", help="Only plans that answer within it.")
-    ] = None,
-    link: Annotated[
-        str | None,
-        typer.Option(
-            metavar="memory|kafka|100MB/s", help="What stages are joined by; else as the file says."
-        ),
-    ] = None,
-    kafka: Kafka = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(metavar="auto|float16|int8|…", help="What travels; auto: chosen by drift."),
-    ] = None,
-    max_drop: Annotated[
-        str, typer.Option(metavar="0.1%", help="Answers that `--codec auto` may change.")
-    ] = "0.1%",
-    calibrate: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Images for `--codec auto`; else seeded.")
-    ] = None,
-    tries: Annotated[
-        bool, typer.Option("--try", help="Run the best few here; rank by what is measured.")
-    ] = False,
+    stages: Stages = None,
+    batch: Batch = None,
+    memory: Memory = None,
+    slo: Slo = None,
+    link: LinkText = None,
+    kafka: Broker = None,
+    codec: CodecText = None,
+    max_drop: MaxDrop = "0.1%",
+    calibrate: Calibrate = None,
+    tries: Tries = False,
     kwargs: Kwargs = "{}",
     example: ExampleText = "",
     random_weights: Random = False,
     fresh: Fresh = False,
-    from_metrics: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL|FILE",
-            help="Re-plan what runs by its /metrics (or a targets file): is a change worth it?",
-        ),
-    ] = None,
-    worth: Annotated[
-        str, typer.Option(metavar="PERCENT", help="With --from-metrics: the least gain to act on.")
-    ] = "15%",
-    over: Annotated[
-        str, typer.Option(metavar="DURATION", help="With --from-metrics: how long to measure.")
-    ] = "10s",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write a pipeline file.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a report with figures.")
-    ] = None,
+    from_metrics: FromMetrics = None,
+    worth: Worth = "15%",
+    over: Over = "10s",
+    output: Output = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Find the best way to run a model on these devices, and say why; it may be not to cut it."""

@@ -23,6 +23,8 @@ from streaminfer.errors import ConfigError
 from streaminfer.metrics import Reading, parse
 from streaminfer.plan import Plan
 from streaminfer.planning.live import Advice, Change, Layer, Look, Place, advise, between
+from streaminfer.planning.profile import Profile, kept
+from streaminfer.planning.source import model_key
 from streaminfer.spec.file import load
 from streaminfer.spec.units import parse_duration
 from streaminfer.topology import build
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["print_advice", "replan"]
 
 PATIENCE = 5.0  # seconds for one address
-PROFILES = Path(".streaminfer") / "profiles"
 
 
 async def replan(
@@ -74,7 +75,7 @@ async def replan(
         looks.append(await _look(urls))
     halves = [between(a, b, spec.pipeline, places) for a, b in pairwise(looks)]
     cores = float(os.cpu_count() or 1) if all(map(_is_here, urls)) else None
-    advice = advise(halves, places, cores=cores, worth=least, layers=_layers(spec))
+    advice = advise(halves, places, cores=cores, worth=least, layers=_layers(spec, plan))
     if out is not None and advice.change is not None:
         _write(out, _changed(spec, plan, advice.change))
     return advice
@@ -181,31 +182,31 @@ def _places(spec: PipelineSpec, plan: Plan) -> list[Place]:
     return found
 
 
-def _layers(spec: PipelineSpec) -> list[Layer]:
-    """Return the model's layers as `streaminfer profile` has them; none if it was not profiled."""
-    if spec.model is None:
-        return []
-    named = {stage.until for stage in spec.stages if stage.until}
-    for file in sorted(PROFILES.glob("*.json"), key=lambda f: -f.stat().st_mtime):
-        try:
-            found = _profile_layers(json.loads(file.read_text(encoding="utf-8")), spec)
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # of another version, or half written
-        if named <= {layer.until for layer in found}:
-            return found
-    return []
+def _layers(spec: PipelineSpec, plan: Plan) -> list[Layer]:
+    """Return the model's layers as `streaminfer profile` has them; none if it was not profiled.
 
+    Of several devices that of the first stage counts, with its number of threads if there is one.
+    """
+    from streaminfer.runtime.compute import share
 
-def _profile_layers(profile: Any, spec: PipelineSpec) -> list[Layer]:
-    if spec.model is None or profile["model"] != spec.model.factory:
+    first = spec.stages[0]
+    found = kept(model_key(spec, plan.random_weights)) if spec.model else []
+    if not found:
         return []
-    timing = profile["devices"][0]["timings"][-1]
-    seconds, found, first = timing["seconds"], [], 0
-    for cut in profile["cuts"]:
-        last = cut["position"] + 1
-        found.append(Layer(cut["layer"], sum(seconds[first:last]) / timing["batch"]))
-        first = last
-    return [*found, Layer("", sum(seconds[first:]) / timing["batch"])]
+    threads, device = first.threads or share(spec, plan), first.devices_of(None)[0]
+
+    def unlike(profile: Profile) -> tuple[bool, int]:
+        place = profile.devices[0]
+        kind = place.device.partition(":")[0] == device.partition(":")[0]
+        return not kind, abs(place.threads - threads)
+
+    profile = min(found, key=unlike)
+    most = spec.batch_of(first.name).max
+    timing = min(profile.devices[0].timings, key=lambda t: abs(t.batch - most))
+    spans = list(profile.layers())
+    each = [sum(timing.seconds[a : b + 1]) / timing.batch for _, a, b in spans]
+    names = [*(cut.layer for cut in profile.cuts), ""]  # "": the model's end
+    return [Layer(name, seconds) for name, seconds in zip(names, each, strict=True)]
 
 
 # ---- the changed file ----------------------------------------------------------------------------

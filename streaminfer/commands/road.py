@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 
 from streaminfer.client import connect
+from streaminfer.commands.records import images
 from streaminfer.metrics import Metrics
-from streaminfer.planning.example import example_inputs
 from streaminfer.planning.profile import Link
 from streaminfer.planning.timing import threads_set
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.postprocess import batch_of
 from streaminfer.runtime.receive import Envelopes
-from streaminfer.runtime.rows import NAMES, as_bytes
 from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Worker
 from streaminfer.spec import PipelineSpec
 from streaminfer.topology import Route, Routes
 from streaminfer.transport import TopicSpec, Transport
 from streaminfer.transport.memory import MemoryTransport
-from streaminfer.wire import Envelope, Sample, Tensor, TensorInput, encode_tensor_input
+from streaminfer.wire import Envelope, Sample, Tensor
 
-__all__ = ["KAFKA", "LOCAL", "hop", "ingest_seconds", "inputs"]
+__all__ = ["KAFKA", "LOCAL", "hop", "ingest_seconds"]
 
 LOCAL = Link(name="local", alpha=0.0, per_byte=0.0, source="the same process")
 # Measured once, one broker on the same machine, tuned malloc, records of 800 kB: 376 MB/s out and
@@ -42,6 +38,7 @@ KAFKA = Link(
 )
 SIZES = (64, 500_000)  # float32 values of the envelopes sent
 HOPS = 40
+DECODED = 8  # images
 
 
 class _Pass(Plain):
@@ -127,42 +124,11 @@ def _envelope(k: int, values: int) -> Envelope:
     )
 
 
-def inputs(spec: PipelineSpec, count: int = 8, names: Sequence[str] = ()) -> list[bytes]:
-    """Return seeded input records as a client would send them: JPEGs, or messages with tensors.
-
-    `names` are the model's inputs, in order; needed where there are several.
-    """
-    if spec.input.decode == "tensor":
-        given = example_inputs(spec.first_model, count)
-        free = (name for name in names or ("input",) if name not in given.kwargs)
-        named = {**given.kwargs, **dict(zip(free, given.args, strict=True))}
-        return [_message({n: rows[k] for n, rows in named.items()}) for k in range(count)]
-    random = np.random.default_rng(0)
-    (_, height, width), *_ = (one.shape for one in spec.first_model.examples().values())
-    if spec.input.resize:
-        height = width = spec.input.resize
-    found = []
-    for _ in range(count):
-        coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.convert("L" if spec.input.channels == 1 else "RGB").save(file, "JPEG", quality=90)
-        found.append(file.getvalue())
-    return found
-
-
-def _message(row: Mapping[str, torch.Tensor]) -> bytes:
-    """Return a user's message with one tensor, or with several by name."""
-    packed = {n: Tensor(NAMES[t.dtype], tuple(t.shape), as_bytes(t)) for n, t in row.items()}
-    one = next(iter(packed.values())) if len(packed) == 1 else None
-    return encode_tensor_input(TensorInput(one, tensors={} if one else packed))
-
-
 def ingest_seconds(spec: PipelineSpec) -> float:
     """Return the seconds that decoding one input record takes, in one thread."""
     if spec.input.decode == "tensor":
         return 0.0
-    records, seconds = inputs(spec), []
+    records, seconds = images(spec, DECODED), []
     with threads_set(1):
         for _ in range(3):
             began = time.thread_time()

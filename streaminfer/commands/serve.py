@@ -17,7 +17,7 @@ from streaminfer.errors import ConfigError
 from streaminfer.launcher import Command, Launcher, free_ports, scrape_targets
 from streaminfer.plan import Plan
 from streaminfer.topology import WorkerSpec, build
-from streaminfer.transport.kafka import tune_malloc
+from streaminfer.transport.kafka import quiet_start_up, tune_malloc
 
 if TYPE_CHECKING:
     from streaminfer.spec import PipelineSpec
@@ -177,3 +177,4 @@ def _log_to(stream: Any) -> None:
         stream=stream, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
+    quiet_start_up()

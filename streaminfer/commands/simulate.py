@@ -15,6 +15,7 @@ from streaminfer.commands.cells import cells
 from streaminfer.commands.plans import console, plan_of, warn
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan
+from streaminfer.planning.profile import Profile, kept
 from streaminfer.planning.simulation.sanity import check
 from streaminfer.planning.simulation.scenario import PATTERNS
 from streaminfer.planning.simulation.simulator import (
@@ -28,6 +29,7 @@ from streaminfer.planning.simulation.simulator import (
     simulate,
 )
 from streaminfer.planning.simulation.whatif import what_if, with_replicas
+from streaminfer.planning.source import model_key
 from streaminfer.spec import did_you_mean
 from streaminfer.topics import window
 
@@ -95,7 +97,8 @@ async def predict(
     Raises:
         ConfigError: an unknown stage, device, pattern or key; a rate of 0; a price that is none.
     """
-    from streaminfer.commands.timing import inputs_of, time_decode, time_stages
+    from streaminfer.commands.records import inputs_of
+    from streaminfer.commands.timing import time_decode, time_stages
     from streaminfer.commands.trial import calibrate, drive
 
     _refuse(ask)
@@ -103,7 +106,9 @@ async def predict(
     inputs = inputs_of(spec, plan)
     # what the flags say is judged before anything is measured
     blank = {stage.name: StageTimes({1: 1.0}) for stage in plan.stages}
-    _asked(scenario_of(spec, plan, blank, Host(), ask), ask)
+    profiles = kept(model_key(spec, plan.random_weights)) if spec.model else []
+    profile = profiles[0] if profiles else None
+    _asked(scenario_of(spec, plan, blank, Host(), ask, profile), ask)
     times = await time_stages(spec, plan, where)
     for name, one in times.items():
         if one.spread > SPREAD:
@@ -115,7 +120,8 @@ async def predict(
     if _bus(spec, ask) == "kafka":
         host = replace(host, cores=None, client=0.0, timer=0.0)
     before = replace(
-        scenario_of(spec, plan, times, host, ask), bytes_in=_mean(len(one.value) for one in inputs)
+        scenario_of(spec, plan, times, host, ask, profile),
+        bytes_in=_mean(len(one.value) for one in inputs),
     )
     plain, after = _asked(before, ask)
     predicted = simulate(plain)
@@ -143,14 +149,18 @@ def scenario_of(
     times: Mapping[str, StageTimes],
     host: Host,
     ask: Ask,
+    profile: Profile | None = None,
 ) -> Scenario:
-    """Make the scenario of a pipeline file, given what was measured of each cell of its plan."""
+    """Make the scenario of a pipeline file, given what was measured of each cell of its plan.
+
+    `profile`: the model's, for what it would be if something else travelled.
+    """
     devices = [name.strip() for name in ask.devices.split(",")] if ask.devices else []
     partitions = spec.kafka.partitions
     closed = (ask.concurrency or CLOSED) if ask.rate is None else None
     pattern: Pattern = next(p for p in PATTERNS if p == ask.pattern)
     return Scenario(
-        stages=cells(spec, plan, times, devices),
+        stages=cells(spec, plan, times, devices, profile),
         arrivals=Arrivals(ask.rate, closed, pattern if ask.rate is not None else "constant"),
         link=KAFKA if _bus(spec, ask) == "kafka" else Link(),
         host=host,
@@ -236,6 +246,11 @@ def _print_report(title: str, report: Report) -> None:
         console.print(
             f"  waiting for {name}: {queue.samples:,.0f} samples, at most "
             f"{queue.samples_max:,.0f} ({queue.nbytes_max / 1e6:,.1f} MB)"
+        )
+    if report.partial or report.failed:
+        console.print(
+            f"  at a deadline: {report.partial:.1%} go on without some of their branches, "
+            f"{report.failed:.1%} fail"
         )
     if report.saturated:
         console.print("[yellow]more arrives than is answered: the latency grows with time[/]")

@@ -1,94 +1,43 @@
-"""Time what a plan is made of, each alone: its stages by batch size, its decoding, its inputs.
+"""Time what a plan is made of, each alone: its stages by batch size, its decoding.
 
 A cell is timed as it will run: its Forward, fed with what comes out of those that it reads.
 """
 
 from __future__ import annotations
 
-import io
 import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streaminfer.commands.trial import Input, device_seconds
+from streaminfer.commands.records import DISTINCT, Input, example_rows, inputs_of
+from streaminfer.commands.trial import device_seconds
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
-from streaminfer.plan import PRESENT, Plan, StagePlan
+from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan
 from streaminfer.planning.simulation.scenario import StageTimes
 from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
-from streaminfer.runtime.rows import NAMES, as_bytes, select
+from streaminfer.runtime.rows import select
 from streaminfer.runtime.steps import Item
 from streaminfer.spec import BatchSpec, PipelineSpec
 from streaminfer.topology import build
-from streaminfer.wire import (
-    TENSOR_INPUT,
-    Envelope,
-    Sample,
-    Tensor,
-    TensorInput,
-    encode_tensor_input,
-)
+from streaminfer.wire import Envelope, Sample, Tensor, compress
 
 if TYPE_CHECKING:
     from streaminfer.runtime.forward import Forward
 
-__all__ = ["inputs_of", "time_decode", "time_stages"]
+__all__ = ["time_decode", "time_stages"]
 
 GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
-DISTINCT = 64  # inputs that are made; they come again
-
-
-def inputs_of(spec: PipelineSpec, plan: Plan, count: int = DISTINCT) -> list[Input]:
-    """Return seeded inputs as a client would send them: JPEGs of soft noise, or tensors."""
-    if plan.input.decode == "image":
-        random = np.random.default_rng(0)
-        side = plan.input.resize or plan.input.crop
-        (example,) = spec.first_model.examples().values()
-        height, width = (side, side) if side else example.shape[1:]
-        return [Input(_image(random, height, width, plan.input.channels)) for _ in range(count)]
-    rows = _rows(spec, plan, count)
-    headers = (("content-type", TENSOR_INPUT.encode()),)
-    found = []
-    for k in range(count):
-        one = {name: _row(tensor, k) for name, tensor in rows.items()}
-        message = TensorInput(tensors=one)
-        found.append(Input(encode_tensor_input(message), headers))
-    return found
-
-
-def _rows(spec: PipelineSpec, plan: Plan, count: int) -> dict[str, Tensor]:
-    """Return rows of what the model's example describes, by the first cell's inputs."""
-    from streaminfer.planning.example import example_inputs
-
-    given = example_inputs(spec.first_model, count).named([s.name for s in plan.stages[0].inputs])
-    return {
-        name: Tensor(NAMES[value.dtype], tuple(value.shape), as_bytes(value.contiguous()))
-        for name, value in given.items()
-    }
-
-
-def _row(tensor: Tensor, k: int) -> Tensor:
-    size = len(tensor.data) // tensor.shape[0]
-    return Tensor(tensor.dtype, tensor.shape[1:], tensor.data[k * size : (k + 1) * size])
-
-
-def _image(random: np.random.Generator, height: int, width: int, channels: int) -> bytes:
-    from PIL import Image
-
-    coarse = random.integers(0, 255, (max(2, height // 8), max(2, width // 8), 3), np.uint8)
-    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.convert("L" if channels == 1 else "RGB").save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def time_decode(plan: Plan, inputs: Sequence[Input]) -> float:
@@ -135,7 +84,18 @@ async def time_stages(
             tuple(first[-1] / times[device][-1] for device in devices),
         )
         made[stage.name] = await bench.output(devices[0], feed[-1])
+        packed = _ratio(made[stage.name])
+        found[stage.name] = replace(found[stage.name], ratio=packed)
     return found
+
+
+def _ratio(envelope: Envelope) -> float:
+    """Return the bytes of an envelope's tensors as they travel ÷ before they were compressed."""
+    tensors = envelope.tensors.values()
+    if not any(tensor.codec for tensor in tensors):
+        return 1.0
+    whole = sum(prod(tensor.shape) * ITEMSIZE[tensor.dtype] for tensor in tensors)
+    return sum(len(tensor.data) for tensor in tensors) / max(1, whole)
 
 
 def _alone(spec: PipelineSpec, most: int) -> PipelineSpec:
@@ -255,7 +215,7 @@ def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[
 def _first(spec: PipelineSpec, plan: Plan, n: int) -> Envelope:
     """Make what ingest would hand to the first cell."""
     if plan.input.decode != "image":
-        tensors = _rows(spec, plan, n)
+        tensors = example_rows(spec, plan, n)
         return _plain(_envelope(tensors, n, plan.digest))
     inputs = inputs_of(spec, plan, min(n, DISTINCT))
     pixels = np.stack(
@@ -275,7 +235,13 @@ def _cut(whole: Envelope, n: int) -> Envelope:
     """Return n rows of an envelope; if it has less, they come again."""
     if n == len(whole.samples):
         return whole
-    return _plain(select(whole, [k % len(whole.samples) for k in range(n)]))
+    part = select(whole, [k % len(whole.samples) for k in range(n)])
+    packed = {name: tensor.codec for name, tensor in whole.tensors.items()}
+    tensors = {
+        name: compress(tensor, codec) if (codec := packed[name]) else tensor
+        for name, tensor in part.tensors.items()
+    }
+    return _plain(replace(part, tensors=tensors))
 
 
 def _plain(envelope: Envelope) -> Envelope:

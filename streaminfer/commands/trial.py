@@ -19,6 +19,7 @@ import numpy as np
 
 from streaminfer.app import LocalPipeline
 from streaminfer.commands.cells import cells
+from streaminfer.commands.records import Input
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
@@ -26,18 +27,11 @@ from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, 
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
-__all__ = ["Calibration", "Input", "Trial", "calibrate", "device_seconds", "drive"]
+__all__ = ["Calibration", "Trial", "calibrate", "device_seconds", "drive"]
 
 CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
-
-
-class Input(NamedTuple):
-    """A record as a client would send it."""
-
-    value: bytes
-    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)

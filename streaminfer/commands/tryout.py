@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streaminfer.app import LocalPipeline
 from streaminfer.client import Client, Prediction
-from streaminfer.commands.road import inputs
+from streaminfer.commands.records import Input, inputs_of
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
@@ -28,7 +28,6 @@ __all__ = ["try_out"]
 
 SECONDS = 3.0  # of measuring, at full load and again at LOAD of what that gave
 BUSY = "streaminfer_stage_busy_seconds_total"
-TENSOR = (("content-type", b"application/vnd.streaminfer+msgpack"),)
 
 
 def try_out(
@@ -58,11 +57,10 @@ def try_out(
 async def _run(file: Path, folder: Path, random_weights: bool, seconds: float) -> Measured:
     spec = load(file)
     plan = await asyncio.to_thread(ensure, spec, folder, random_weights=random_weights)
-    records = inputs(spec, 32, [port.name for port in plan.stages[0].inputs])
+    records = inputs_of(spec, plan, 32)
     workers = 1 + sum(stage.replicas + 2 * bool(stage.split) for stage in spec.stages)
-    headers = TENSOR if spec.input.decode == "tensor" else ()
     async with LocalPipeline(spec, plan, folder) as pipeline, pipeline.client() as client:
-        load_ = _Load(client, records, headers, 2 * spec.batch.max * workers)
+        load_ = _Load(client, records, 2 * spec.batch.max * workers)
         await load_.run(seconds / 3, None)
         before, began = _computed(pipeline.metrics), time.perf_counter()
         done = await load_.run(seconds, None)
@@ -98,8 +96,7 @@ class _Load:
     """Clients that send and wait."""
 
     client: Client
-    records: Sequence[bytes]
-    headers: tuple[tuple[str, bytes], ...]
+    records: Sequence[Input]
     concurrency: int
 
     async def run(self, seconds: float, rate: float | None) -> list[float]:
@@ -110,7 +107,8 @@ class _Load:
 
         async def one() -> None:
             began = time.perf_counter()
-            answer = await self.client.predict(next(source), headers=self.headers)
+            value, headers = next(source)
+            answer = await self.client.predict(value, headers=headers)
             _ok(answer)
             taken.append(time.perf_counter() - began)
 

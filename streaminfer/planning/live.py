@@ -241,7 +241,7 @@ def advise(
             f"are too few: {SAMPLES} and {BATCHES} are needed",
         )
     limit = _cores_limit(loads, cores, whole)
-    notes = [] if layers else ["`streaminfer profile` makes advice about cuts possible"]
+    notes = [] if layers else ["`streaminfer profile PIPELINE` makes advice about cuts possible"]
     notes += [limit] if limit else []
     if busy < HOT and not limit:
         grows = whole.growth > 0.05 * samples

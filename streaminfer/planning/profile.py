@@ -15,7 +15,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["CutPoint", "DeviceProfile", "Encoding", "Link", "NodeProfile", "Profile", "Timing"]
+__all__ = [
+    "FOLDER",
+    "CutPoint",
+    "DeviceProfile",
+    "Encoding",
+    "Link",
+    "NodeProfile",
+    "Profile",
+    "Timing",
+    "kept",
+]
+
+FOLDER = Path(".streaminfer") / "profiles"
 
 
 class _Frozen(BaseModel):
@@ -153,6 +165,18 @@ class Profile(_Frozen):
             return cls.model_validate_json(file.read_bytes())
         except (OSError, ValidationError):
             return None
+
+
+def kept(key: str, folder: Path = FOLDER) -> list[Profile]:
+    """Return the profiles of a model that were kept, one for each kind of device; newest first.
+
+    Args:
+        key: of the model (`planning/source.py`).
+        folder: where they are.
+    """
+    files = sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime)
+    found = [Profile.load(file) for file in files]
+    return [profile for profile in found if profile is not None and profile.key == key]
 
 
 def quartile(values: Sequence[float], q: float) -> float:

@@ -26,8 +26,15 @@ from streaminfer.parallel.weights import same_memory
 from streaminfer.planning.codecs import DTYPE_NAMES, encodings
 from streaminfer.planning.example import example_inputs
 from streaminfer.planning.factory import make_model
-from streaminfer.planning.profile import CutPoint, DeviceProfile, NodeProfile, Profile, Timing
-from streaminfer.planning.source import source_key
+from streaminfer.planning.profile import (
+    FOLDER,
+    CutPoint,
+    DeviceProfile,
+    NodeProfile,
+    Profile,
+    Timing,
+)
+from streaminfer.planning.source import model_key
 from streaminfer.planning.timing import (
     BUSY,
     Runner,
@@ -36,14 +43,13 @@ from streaminfer.planning.timing import (
     measure,
     threads_set,
 )
-from streaminfer.spec import PipelineSpec, StageSpec
+from streaminfer.spec import PipelineSpec
 
 __all__ = ["BATCHES", "Captured", "Place", "capture_model", "example_tensors", "places", "profile"]
 
 BATCHES = (1, 2, 4, 8, 16)
 LONGEST = 1.0  # seconds of one pass beyond which no larger batch is tried
 SHARE = 0.5  # of the device's memory that activations may take while profiling
-FOLDER = Path(".streaminfer") / "profiles"
 Say = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -122,11 +128,10 @@ def capture_model(spec: PipelineSpec, *, random_weights: bool = False) -> Captur
     declared = spec.first_model
     model = make_model(declared, base, random_weights=random_weights, trust=spec.trust)
     given = example_inputs(declared)
-    whole = spec.model_copy(update={"stages": (StageSpec(name="all"),), "edges": {}})
     return Captured(
         spec,
         Cutter(capture(model, given.args, given.kwargs)),
-        source_key(whole, random_weights),
+        model_key(spec, random_weights),
     )
 
 

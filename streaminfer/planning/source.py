@@ -14,9 +14,9 @@ from typing import Any
 
 from streaminfer.errors import ConfigError, PlanError
 from streaminfer.plan import VERSION, Plan, stage_files
-from streaminfer.spec import ModelSpec, PipelineSpec
+from streaminfer.spec import ModelSpec, PipelineSpec, StageSpec
 
-__all__ = ["ensure", "file_of_factory", "source_key"]
+__all__ = ["ensure", "file_of_factory", "model_key", "source_key"]
 
 PLACED = dict.fromkeys(("device", "replicas", "threads", "batch", "deadline", "shares"), True)
 PLACEMENT: Any = {
@@ -78,6 +78,16 @@ def source_key(spec: PipelineSpec, random_weights: bool = False) -> str:
         total.update(f"\0{file.name}\0".encode())
         total.update(_content(file))
     return total.hexdigest()
+
+
+def model_key(spec: PipelineSpec, random_weights: bool = False) -> str:
+    """Return the key of a pipeline's model uncut: what its profile is kept under.
+
+    Raises:
+        ConfigError: a file that the spec names does not exist.
+    """
+    whole = spec.model_copy(update={"stages": (StageSpec(name="all"),), "edges": {}})
+    return source_key(whole, random_weights)
 
 
 def _declared(spec: PipelineSpec, random_weights: bool) -> dict[str, object]:

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 import yaml
 
+from streaminfer.commands.records import inputs_of
 from streaminfer.commands.simulate import Ask, scenario_of
-from streaminfer.commands.timing import inputs_of, time_decode, time_stages
+from streaminfer.commands.timing import time_decode, time_stages
 from streaminfer.commands.trial import Trial, calibrate, drive
 from streaminfer.planning.simulation.simulator import (
     Arrivals,

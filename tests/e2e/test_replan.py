@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ import yaml
 from stages.digits.images import scans
 from streaminfer import LocalPipeline
 from streaminfer.commands import plan_of, print_advice, replan
-from streaminfer.commands.replan import _changed, addresses
+from streaminfer.commands.asked import Asked
+from streaminfer.commands.planning import make_profile
+from streaminfer.commands.replan import _changed, _layers, addresses
 from streaminfer.errors import ConfigError
-from streaminfer.planning.live import Change
+from streaminfer.planning import live, profiler
+from streaminfer.planning.live import Advice, Change
+from streaminfer.planning.profile import FOLDER, kept
+from streaminfer.planning.source import model_key
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
 from streaminfer.topology import build
@@ -30,9 +36,8 @@ async def busy(pipeline: LocalPipeline) -> AsyncIterator[None]:
 
     async def work() -> None:
         async with pipeline.client() as client:
-            while True:
-                async for _ in client.stream(images):
-                    pass
+            async for _ in client.stream(cycle(images)):
+                pass
 
     images = [value for _, _, value in scans()[:256]]
     working = asyncio.create_task(work())
@@ -152,3 +157,114 @@ async def test_the_file_that_runs_is_not_overwritten(folder: Path) -> None:
     spec = load(digits_file(folder))
     with pytest.raises(ConfigError, match="the file which runs"):
         await replan(spec, ["a:1"], out=folder / "pipeline.yaml")
+
+
+HEAVY = """
+from torch import nn
+
+
+def build():
+    def conv():
+        return nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.ReLU())
+
+    layers = {"first": nn.Conv2d(3, 24, 3, padding=1)}
+    layers |= {f"l{k}": conv() for k in range(6)}
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "last": nn.Linear(24, 4)}
+    net = nn.Sequential()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    return net.eval()
+"""
+
+
+def unequal(folder: Path) -> PipelineSpec:
+    """Write a pipeline whose second stage has nearly all of the work."""
+    (folder / "model.py").write_text(HEAVY)
+    raw = {
+        "pipeline": "unequal",
+        "model": {"factory": "model.py:build", "example": [3, 32, 32]},
+        "input": {"topic": "images", "resize": 32, "crop": 32},
+        "batch": {"max": 4, "wait": "1ms"},
+        "stages": [{"name": "a", "until": "l0", "threads": 1}, {"name": "b", "threads": 1}],
+        "output": {"top_k": 2},
+        "kafka": {"partitions": 4},
+        "metrics": {"port": 0},
+    }
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return load(file)
+
+
+@pytest.fixture
+def profiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in the folder, and let a profile be kept however busy the machine is."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(profiler, "BUSY", float("inf"))
+    monkeypatch.setattr("streaminfer.commands.planning.BATCHES", (1, 4))
+    monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
+    return folder
+
+
+async def test_a_profiled_model_is_advised_where_to_cut_it(
+    profiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # all of it is one process here: the event loop takes a part of what is the device's in others
+    monkeypatch.setattr(live, "HOT", 0.05)
+    spec = unequal(profiled)
+    where, plan = plan_of(spec, profiled / "plan", True)
+    out = profiled / "new.yaml"
+    async with LocalPipeline(spec, plan, where, port=0) as pipeline:
+
+        async def advised(**more: Any) -> Advice:
+            """Measure for as long as it takes here."""
+            for seconds in (3.0, 6.0, 12.0, 24.0):
+                found = await replan(
+                    spec,
+                    [pipeline.address],
+                    over=seconds,
+                    folder=where,
+                    random_weights=True,
+                    **more,
+                )
+                if found.verdict != "measure longer":
+                    break
+            return found
+
+        async with busy(pipeline):
+            blind = await advised()
+        asked = Asked(str(spec.path), ["cpu"], random_weights=True)
+        await asyncio.to_thread(make_profile, asked, quiet=True)
+        async with busy(pipeline):
+            advice = await advised(worth="10%", out=out)
+            calm = await advised(worth="900%")
+    assert "`streaminfer profile PIPELINE`" in " ".join(blind.notes)
+    assert not any(change.kind == "cut" for change in (blind.change, *blind.others) if change)
+    assert not any("streaminfer profile" in note for note in advice.notes)
+    (cut,) = [c for c in (advice.change, *advice.others) if c and c.kind == "cut"]
+    assert cut.until in [layer.until for layer in _layers(spec, plan)]
+    assert "(now l0)" in cut.text
+    assert cut.capacity == pytest.approx(advice.capacity * (1 + cut.gain))
+    # what it gains depends on what else runs on this machine; the verdict has to follow from it
+    assert (advice.verdict == "change") == (advice.change is not None) == out.exists()
+    best = max(change.gain for change in (advice.change, *advice.others) if change)
+    assert advice.verdict == "leave" or best >= 0.1
+    assert calm.verdict == "leave"  # the same pipeline, and nobody turns it over for less
+    assert calm.change is None
+    assert "less than 900%" in calm.why
+
+
+def test_only_the_profile_of_this_very_model_counts(profiled: Path) -> None:
+    spec = unequal(profiled)
+    _, plan = plan_of(spec, profiled / "plan", True)
+    assert _layers(spec, plan) == []
+    make_profile(Asked(str(spec.path), ["cpu"], random_weights=True), quiet=True)
+    found = _layers(spec, plan)
+    assert [layer.until for layer in found][-2:] == ["flat", ""]
+    assert {f"l{k}" for k in range(6)} < {layer.until for layer in found}
+    assert all(layer.seconds >= 0 for layer in found)
+    (profiled / "model.py").write_text(HEAVY.replace("range(6)", "range(3)"))
+    _, other = plan_of(spec, profiled / "other", True)
+    assert _layers(spec, other) == []
+    for file in FOLDER.glob("*.json"):
+        file.write_text("{}")  # of another version
+    assert kept(model_key(spec, True)) == []

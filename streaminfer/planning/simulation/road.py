@@ -273,7 +273,11 @@ class Ingest(Worker):
 
 
 class Inner(Worker):
-    """A worker that reads a stage's output, or that of several: then it gathers."""
+    """A worker that reads a stage's output, or that of several: then it gathers.
+
+    With a quorum a micro-batch goes on at the deadline without what is missing, or fails there if
+    too few came; what comes later is dropped (runtime/gather.py, strict).
+    """
 
     parts = 1
 
@@ -283,6 +287,7 @@ class Inner(Worker):
         super().__init__(machine, loop, stages)
         self._logs: dict[int, deque[Batch]] = {}
         self._bytes = 0.0  # of a sample, as it comes
+        self._gone: set[Batch] = set()  # of which parts may still come
 
     def reads(self, nbytes: float, parts: int) -> None:
         """Say what a sample weighs that it reads, and of how many parts a micro-batch is."""
@@ -290,7 +295,8 @@ class Inner(Worker):
 
     def add(self, batch: Batch) -> None:
         """Append to its topic."""
-        if self.stages:
+        if self.stages and batch not in self._gone:
+            batch.parts[self, "came"] = batch.parts.get((self, "came"), 0) + 1
             self.machine.tally.enter(self.stages[0][0], len(batch.sent) / self.parts)
         self._logs.setdefault(batch.partition, deque()).append(batch)
         self.wake()
@@ -320,9 +326,34 @@ class Inner(Worker):
             have = batch.parts[self] = batch.parts.get(self, 0) + 1
             if have < self.parts:
                 self._inhand -= len(batch.sent)  # what is held is not charged to the budget
+                if have == 1 and self.stages[0][1].quorum is not None:
+                    due = self.machine.clock.now + self.stages[0][1].deadline
+                    self.machine.clock.at(due + self.machine.host.timer, self._overdue, batch)
                 return
             del batch.parts[self]
+            if batch in self._gone:
+                self._gone.remove(batch)
+                self._inhand -= len(batch.sent)
+                return
         self.devices[0].submit(batch, self)
+
+    def _overdue(self, batch: Batch) -> None:
+        """Speak for a micro-batch whose parts did not all come in time."""
+        have, quorum = batch.parts.get(self, 0), self.stages[0][1].quorum or self.parts
+        if not have:  # all of them came
+            return
+        self._gone.add(batch)
+        tally, index, size = self.machine.tally, self.stages[0][0], len(batch.sent)
+        came = batch.parts[self, "came"] / self.parts
+        tally.enter(index, size * (1 - came))  # the queue is of whole micro-batches
+        self._inhand += size
+        if have >= quorum:
+            tally.partial += size * tally.counts
+            self.devices[0].submit(batch, self)
+            return
+        tally.failed += size * tally.counts
+        tally.leave(index, size, computes=False)
+        self._out(batch, [self.exit] if self.exit else [], 0.0, done=True)
 
 
 class Sink(Inner):

@@ -89,7 +89,17 @@ def _stage_problems(stage: SimStage, before: Sequence[str]) -> Iterator[tuple[st
         if other not in before:
             hint = did_you_mean(other, before) if before else "the first stage reads the input"
             yield name, f"stage {name!r} reads {other!r}, which is no stage before it", hint
+    yield from _gather_problems(stage)
     yield from _size_problems(stage)
+
+
+def _gather_problems(stage: SimStage) -> Iterator[tuple[str, str, str]]:
+    name, parts = stage.name, len(stage.reads or ())
+    if stage.quorum is not None and not 1 <= stage.quorum <= parts:
+        text = f"a quorum of {stage.quorum} of the {parts} that {name!r} reads"
+        yield name, text, f"from 1 to {parts}"
+    if not (stage.deadline > 0 and math.isfinite(stage.deadline)):
+        yield name, f"{name!r} has a deadline of {stage.deadline:g} s", "give more than 0"
 
 
 def _size_problems(stage: SimStage) -> Iterator[tuple[str, str, str]]:

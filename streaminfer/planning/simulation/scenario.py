@@ -18,6 +18,7 @@ from streaminfer.errors import ConfigError
 
 __all__ = [
     "Arrivals",
+    "Encoded",
     "Floats",
     "Host",
     "Ints",
@@ -43,12 +44,23 @@ class StageTimes:
         spread: (third quartile - first) / median of the groups of calls, at the largest batch.
         speeds: of each replica's device, relative to the first; () if all are alike.
         leaves: 0-1: rows that had their answer at the stage's exit.
+        ratio: bytes of its output as they travel ÷ before compression.
     """
 
     seconds: Mapping[int, float]
     spread: float = 0.0
     speeds: tuple[float, ...] = ()
     leaves: float = 0.0
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a sample costs on an edge of one dtype and codec: bytes, and seconds of the devices."""
+
+    nbytes: float
+    encode: float  # on the device that sends
+    decode: float  # on the device that reads
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,10 @@ class SimStage:
         leaves: 0-1: rows that have their answer here and go to the sink.
         device: what `prices` call it.
         shares: what each replica asks of the partitions; None: by its speed.
+        quorum: of what it reads, how many will do at the `deadline`; None: all, however late.
+        deadline: seconds from the first part of a micro-batch on.
+        edge: as what it reads travels; its bytes and its times are of that.
+        encodings: what else could travel, and what it would cost, by name.
     """
 
     name: str
@@ -89,6 +105,10 @@ class SimStage:
     leaves: float = 0.0
     device: str = "cpu"
     shares: tuple[float, ...] | None = None
+    quorum: int | None = None
+    deadline: float = 30.0
+    edge: str = "native"
+    encodings: Mapping[str, Encoded] = field(default_factory=dict)
 
     def table(self) -> list[float]:
         """Return the seconds of a batch of n samples at index n, 0 to `batch_max`."""

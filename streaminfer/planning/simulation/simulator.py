@@ -21,6 +21,7 @@ from streaminfer.planning.simulation.road import Ingest, Inner, Outlet, Sink, Wo
 from streaminfer.planning.simulation.sanity import check
 from streaminfer.planning.simulation.scenario import (
     Arrivals,
+    Encoded,
     Floats,
     Host,
     Link,
@@ -34,6 +35,7 @@ from streaminfer.transport.assignor import Member, assign
 
 __all__ = [
     "Arrivals",
+    "Encoded",
     "Host",
     "Link",
     "Pattern",
@@ -82,6 +84,8 @@ class Report:
     saturated: bool
     bottleneck: str
     cost: float | None  # $ per million samples
+    partial: float = 0.0  # 0-1 of the answers: without some of what a quorum can do without
+    failed: float = 0.0  # 0-1 of them: errors, because too little came by a gather's deadline
     events: int = field(compare=False, default=0)
 
     def to_json(self) -> dict[str, Any]:
@@ -310,6 +314,8 @@ class _Run:
             saturated=self._grows(len(done)),
             bottleneck=scenario.bottleneck(),
             cost=cost_per_million(stages, throughput, scenario.prices),
+            partial=min(1.0, tally.partial / max(1, len(done))),
+            failed=min(1.0, tally.failed / max(1, len(done))),
             events=self._clock.events,
         )
 

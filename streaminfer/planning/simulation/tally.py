@@ -91,16 +91,22 @@ class Tally:
         self.inflight = Gauge(clock, warm)  # samples between arrival and answer
         self.sent: list[Sequence[float]] = []  # arrival times, a list for each answered batch
         self.done: list[tuple[float, int]] = []  # when it was answered, and its samples
+        self.partial = self.failed = 0  # samples of gathers that did not wait for all
         self.again: Callable[[int], None] | None = None  # a closed loop's next samples
 
     def enter(self, stage: int, samples: float) -> None:
         """Count samples that wait for a stage from now on."""
         self.queues[stage].add(samples)
 
-    def leave(self, stage: int, samples: int) -> None:
-        """Count samples that a stage begins to compute."""
+    @property
+    def counts(self) -> bool:
+        """Whether what happens now counts."""
+        return self._clock.now >= self._warm
+
+    def leave(self, stage: int, samples: int, *, computes: bool = True) -> None:
+        """Count samples that a stage begins to compute, or that fail before it."""
         self.queues[stage].add(-samples)
-        if self._clock.now >= self._warm:
+        if computes and self.counts:
             self.calls[stage] += 1
             self.rows[stage] += samples
 
@@ -113,7 +119,7 @@ class Tally:
         now, total = self._clock.now, 0
         for batch in batches:
             total += len(batch.sent)
-            if now >= self._warm:
+            if self.counts:
                 self.sent.append(batch.sent)
                 self.done.append((now, len(batch.sent)))
         self.inflight.add(-total)

@@ -2,6 +2,8 @@
 
     STAGE.…      seconds, speed, replicas, batch.max, batch.wait, bytes, overhead, threads,
                  exit: the share of its rows that leave at its exit
+                 edge: as what it reads travels: float16, int8+zstd
+                 quorum, deadline: of an ensemble's gather
     batch.…      max, wait: of every stage
     link.…       alpha, beta (or a bandwidth: 100MB/s)
     host.…       cores and every cost of the engine
@@ -13,7 +15,7 @@ A value is a number, a duration, a size, or a factor: `0.5x` halves what is ther
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -64,6 +66,7 @@ STAGE: dict[str, Read] = {
     "threads": _whole,
     "exit": _share,
 }
+GATHER: dict[str, Read] = {"quorum": _whole, "deadline": parse_duration}
 BATCH: dict[str, Read] = {"batch.max": _whole, "batch.wait": parse_duration}
 LINK: dict[str, Read] = {"link.alpha": parse_duration, "link.beta": _beta}
 HOST: dict[str, Read] = {
@@ -77,7 +80,9 @@ REST: dict[str, Read] = {"partitions": _whole, "window": _whole, "sinks": _whole
 def keys(scenario: Scenario) -> list[str]:
     """Return every name that can be changed."""
     stages = [f"{stage.name}.{key}" for stage in scenario.stages for key in STAGE]
-    return [*stages, *BATCH, *LINK, *HOST, *LOAD, *REST]
+    gathers = [f"{s.name}.{key}" for s in scenario.stages if s.quorum for key in GATHER]
+    edges = [f"{s.name}.edge" for s in scenario.stages[1:] if not s.local]
+    return [*stages, *gathers, *edges, *BATCH, *LINK, *HOST, *LOAD, *REST]
 
 
 def what_if(scenario: Scenario, changes: Sequence[str]) -> Scenario:
@@ -141,6 +146,8 @@ def _change(scenario: Scenario, key: str, value: str) -> Scenario:
         return _load(scenario, key, value)
     if key in REST:
         return replace(scenario, **{key: _value(value, getattr(scenario, key), REST[key])})
+    if rest == "edge":
+        return _recoded(scenario, room, value)
     rooms = {room}
     if rest == "replicas":  # of a worker: all of its stages
         names = [[scenario.stages[k].name for k in group] for group in scenario.groups()]
@@ -154,7 +161,8 @@ def _change(scenario: Scenario, key: str, value: str) -> Scenario:
 def _parted(scenario: Scenario, key: str) -> tuple[str, str]:
     """Return whose number it is, and which: names of stages may have dots."""
     for stage in scenario.stages:
-        if key.startswith(f"{stage.name}.") and key[len(stage.name) + 1 :] in STAGE:
+        rest = key[len(stage.name) + 1 :]
+        if key.startswith(f"{stage.name}.") and rest in (*STAGE, *GATHER, "edge"):
             return stage.name, key[len(stage.name) + 1 :]
     room, _, rest = key.partition(".")
     return room, rest
@@ -171,8 +179,42 @@ def _load(scenario: Scenario, key: str, value: str) -> Scenario:
     return replace(scenario, arrivals=new)
 
 
+def _recoded(scenario: Scenario, name: str, value: str) -> Scenario:
+    """Let what a stage reads travel in another way: other bytes, and work at both ends."""
+    index = next(k for k, stage in enumerate(scenario.stages) if stage.name == name)
+    reader = scenario.stages[index]
+    if not reader.encodings:
+        raise ValueError(
+            "nobody has measured other edges here; between two plain stages, "
+            "`streaminfer profile PIPELINE` does"
+        )
+    if value not in reader.encodings:
+        raise ValueError(f"no such edge; there are {', '.join(reader.encodings)}")
+    now, then = reader.encodings[reader.edge], reader.encodings[value]
+    factor = then.nbytes / now.nbytes if now.nbytes else 1.0
+    (source,) = scenario.sources()[index]
+    sender = scenario.stages[source]
+    stages = list(scenario.stages)
+    stages[source] = replace(
+        sender,
+        seconds=_longer(sender.seconds, then.encode - now.encode),
+        bytes_out=sender.bytes_out * factor,
+    )
+    stages[index] = replace(
+        reader,
+        seconds=_longer(reader.seconds, then.decode - now.decode),
+        bytes_in=reader.bytes_in and tuple(n * factor for n in reader.bytes_in),
+        edge=value,
+    )
+    return replace(scenario, stages=stages)
+
+
+def _longer(seconds: Mapping[int, float], by: float) -> dict[int, float]:
+    return {n: max(0.0, t + n * by) for n, t in seconds.items()}
+
+
 def _stage(stage: SimStage, key: str, value: str) -> SimStage:
-    read = STAGE[key]
+    read = (STAGE | GATHER)[key]
     if key == "seconds":
         if match := FACTOR.match(value):
             factor = float(match[1])

@@ -4,6 +4,7 @@
     consumer ─┬─ membership   rebalances       lifecycle   connect, look up topics, stop: in time
               └─ offsets      what a group committed, read and written with own requests
     producer     admin                         malloc      one setting that makes it 1.5x faster
+    noise        a fresh broker's start is no error
 
 Only this folder imports aiokafka.
 """
@@ -17,6 +18,7 @@ from streaminfer.transport.kafka.admin import KafkaAdmin
 from streaminfer.transport.kafka.consumer import KafkaConsumer
 from streaminfer.transport.kafka.malloc import tune_malloc
 from streaminfer.transport.kafka.membership import Subscription
+from streaminfer.transport.kafka.noise import quiet_start_up
 from streaminfer.transport.kafka.producer import KafkaProducer
 from streaminfer.transport.kafka.settings import KafkaSettings
 
@@ -26,6 +28,7 @@ __all__ = [
     "KafkaProducer",
     "KafkaSettings",
     "KafkaTransport",
+    "quiet_start_up",
     "tune_malloc",
 ]
 

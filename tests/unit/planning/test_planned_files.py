@@ -11,7 +11,7 @@ import yaml
 from streaminfer import LocalPipeline
 from streaminfer.commands.asked import Asked
 from streaminfer.commands.planning import make_plan, write
-from streaminfer.commands.road import inputs
+from streaminfer.commands.records import inputs_of
 from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
@@ -36,7 +36,6 @@ class Two(nn.Module):
         x = torch.tanh(self.mix(self.words(ids)))
         return self.head((x * mask.unsqueeze(-1)).sum(1))
 """
-TENSOR = (("content-type", b"application/vnd.streaminfer+msgpack"),)
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +59,10 @@ async def _answered(file: Path) -> int:
     spec = load(file, environ={})
     built = build(spec, file.parent / "plan")
     assert verify(spec, file.parent / "plan").holds
-    records = inputs(spec, 8, [port.name for port in built.stages[0].inputs])
+    records = inputs_of(spec, built, 8)
     pipeline = LocalPipeline(spec, built, file.parent / "plan")
     async with pipeline, pipeline.client() as client:
-        answers = [await client.predict(record, headers=TENSOR) for record in records]
+        answers = [await client.predict(value, headers=headers) for value, headers in records]
     return sum(answer.status == "ok" for answer in answers)
 
 

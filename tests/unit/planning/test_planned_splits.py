@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from streaminfer import LocalPipeline
 from streaminfer.cli import app
-from streaminfer.commands.road import inputs
+from streaminfer.commands.records import inputs_of
 from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
@@ -53,7 +53,6 @@ def large(width=16):
 """
 WIDE = ("model.py:wide", "--example", "64", "--batch", "2")
 LARGE = ("model.py:large", "--example", "3x96x96", "--batch", "2")
-TENSOR = (("content-type", b"application/vnd.streaminfer+msgpack"),)
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +82,10 @@ async def _answered(file: Path) -> int:
     spec = load(file, environ={})
     built = build(spec, file.parent / "plan")
     assert verify(spec, file.parent / "plan").holds
-    records = inputs(spec, 8, [port.name for port in built.stages[0].inputs])
-    headers = TENSOR if spec.input.decode == "tensor" else ()
+    records = inputs_of(spec, built, 8)
     pipeline = LocalPipeline(spec, built, file.parent / "plan")
     async with pipeline, pipeline.client() as client:
-        answers = [await client.predict(record, headers=headers) for record in records]
+        answers = [await client.predict(value, headers=headers) for value, headers in records]
     return sum(answer.status == "ok" for answer in answers)
 
 
