@@ -19,7 +19,7 @@ from tests.e2e.conftest import DIGITS, ROOT, digits_file, streaminfer
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 
 
-async def test_run_says_ready_serves_metrics_and_drains_on_sigterm(
+async def test_run_says_ready_serves_metrics_and_senders_and_drains_on_sigterm(
     kafka_address: str, folder: Path
 ) -> None:
     file = digits_file(folder)
@@ -32,7 +32,27 @@ async def test_run_says_ready_serves_metrics_and_drains_on_sigterm(
                 url = f"http://{target['targets'][0]}/{path}"
                 body = await asyncio.to_thread(fetched, url)
                 assert text in body
-        assert await run.stop() == 0
+        await send_and_watch(file, folder, kafka_address)
+        assert await run.stop() == 0, run.text
+
+
+async def send_and_watch(file: Path, folder: Path, address: str) -> None:
+    """Both commands beside a running pipeline: what the one sends, the other sees answered."""
+    shots = folder / "shots"
+    shots.mkdir()
+    for name, _, value in scans()[:20]:
+        (shots / name).write_bytes(value)
+    async with (
+        streaminfer("watch", str(file), "--kafka", address, "--json", "--count", "20",
+                    "--from-beginning", cwd=folder) as watch,
+        streaminfer("send", str(file), str(shots), "--wait", "--rate", "200",
+                    "--kafka", address, cwd=folder) as send,
+    ):  # fmt: skip
+        assert await send.process.wait() == 0, send.text
+        await asyncio.wait_for(watch.process.wait(), 90)
+    sent = {json.loads(line)["id"] for line in send.lines}
+    assert sent == {p.name for p in shots.iterdir()}
+    assert {json.loads(line)["id"] for line in watch.lines} == sent
 
 
 @pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat is not installed")
@@ -79,27 +99,6 @@ async def test_workers_killed_under_load_lose_nothing(kafka_address: str, folder
     again = [line for line in run.lines if "ended with code" in line]
     for victim in ("stem", "trunk", "head"):
         assert any(victim in line for line in again), f"{victim} was not started again: {again}"
-
-
-async def test_send_and_watch(kafka_address: str, folder: Path) -> None:
-    file = digits_file(folder)
-    shots = folder / "shots"
-    shots.mkdir()
-    for name, _, value in scans()[:20]:
-        (shots / name).write_bytes(value)
-    async with streaminfer("run", str(file), "--kafka", kafka_address, cwd=folder) as run:
-        await run.line("ready")
-        async with (
-            streaminfer("watch", str(file), "--kafka", kafka_address, "--json", "--count", "20",
-                        "--from-beginning", cwd=folder) as watch,
-            streaminfer("send", str(file), str(shots), "--wait", "--rate", "200",
-                        "--kafka", kafka_address, cwd=folder) as send,
-        ):  # fmt: skip
-            assert await send.process.wait() == 0, send.text
-            await asyncio.wait_for(watch.process.wait(), 90)
-        sent = {json.loads(line)["id"] for line in send.lines}
-        assert sent == {p.name for p in shots.iterdir()}
-        assert {json.loads(line)["id"] for line in watch.lines} == sent
 
 
 async def test_run_on_the_memory_bus_needs_no_kafka(folder: Path) -> None:
