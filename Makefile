@@ -20,7 +20,7 @@ demo: $(STAMP)  ## stream real images through a cut model; SERVE=1 keeps it up
 	@$(PY) stages/digits/demo.py $(if $(SERVE),--serve)
 
 test: $(STAMP)  ## all tests, on a real Kafka where one can be had
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)  ## format, lint, types, import directions
 	$(VENV)/bin/ruff format --check .

@@ -31,7 +31,7 @@ async def make(kafka: KafkaTransport, partitions: int = 1, **config: str) -> str
 
 async def read_all(kafka: KafkaTransport, topic: str, count: int) -> list[Record]:
     records: list[Record] = []
-    async with kafka.consumer([topic], None) as reader, asyncio.timeout(30):
+    async with kafka.consumer([topic], None) as reader, asyncio.timeout(60):
         while len(records) < count:
             records += await reader.poll(0.5)
     return records

@@ -82,7 +82,7 @@ class MemoryHarness(Harness):
 
 class KafkaHarness(Harness):
     slack = 1.5
-    silence = 1.0
+    silence = 2.0
 
     def __init__(self, address: str) -> None:
         from tests.contract.doomed import quick
@@ -97,7 +97,7 @@ class KafkaHarness(Harness):
             sys.executable, *command, str(commit), stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             assert await process.stdout.readline() == b"committed\n"
         process.kill()
         await process.communicate()

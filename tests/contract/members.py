@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streaminfer.transport import Commit, Consumer, Record, TopicPartition
 
-PATIENCE = 15.0  # seconds until a test gives up on what should be there in milliseconds
+PATIENCE = 60.0  # seconds until a test gives up on what should be there in milliseconds
 
 
 class Event(NamedTuple):

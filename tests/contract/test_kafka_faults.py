@@ -13,7 +13,7 @@ from streaminfer.transport.base import Commit, Outgoing, Position, TopicPartitio
 from streaminfer.transport.kafka import KafkaTransport
 from tests.broker import Broker
 from tests.contract.brokers import make, quick, read_all
-from tests.contract.members import Witness, drain
+from tests.contract.members import Witness, drain, until
 
 pytestmark = pytest.mark.kafka
 
@@ -30,7 +30,7 @@ async def test_nothing_is_there_is_said_within_seconds() -> None:
         with pytest.raises(TransportError, match=r"127\.0\.0\.1:1"):
             async with client:
                 pytest.fail("connected to nothing")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60, "production would wait for minutes"
 
 
 async def test_missing_topic_is_not_waited_for(kafka: KafkaTransport) -> None:
@@ -41,7 +41,7 @@ async def test_missing_topic_is_not_waited_for(kafka: KafkaTransport) -> None:
     async with kafka.producer() as producer:
         with pytest.raises(TopicError, match=r"no-such-topic.*topics apply"):
             await producer.send(Outgoing("no-such-topic", b"x"))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 async def test_topic_deleted_while_it_is_read_ends_the_reader(kafka: KafkaTransport) -> None:
@@ -50,7 +50,7 @@ async def test_topic_deleted_while_it_is_read_ends_the_reader(kafka: KafkaTransp
     async with kafka.consumer([topic], "g-" + topic) as consumer, kafka.admin() as admin:
         await admin.delete([topic])
         with pytest.raises(TopicError, match="deleted"):
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(60):
                 while True:
                     await consumer.poll(0.2)
 
@@ -61,13 +61,13 @@ async def test_closing_never_hangs(own_broker: Broker, fault: str) -> None:
     kafka = quick(own_broker.address)
     topic = await make(kafka)
     consumer, producer = kafka.consumer([topic], "g"), kafka.producer()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         async with consumer, producer:
             await (await producer.send(Outgoing(topic, b"kept")))
             getattr(own_broker, fault)()
             ack = await producer.send(Outgoing(topic, b"in doubt"))
             begin = time.monotonic()
-        assert time.monotonic() - begin < 16
+        assert time.monotonic() - begin < 60, "each step has 2 s; aiokafka alone has no end"
         with pytest.raises(TransportError):
             await ack
 
@@ -76,7 +76,7 @@ async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
     """Else a worker waits for ever on a connection that nobody answers (or a lost rebalance)."""
     kafka = quick(own_broker.address, session_timeout=0.6, rebalance_timeout=1.0)
     topic = await make(kafka)
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(110):
         async with kafka.consumer([topic], "g") as consumer:
             assert await consumer.poll(0.2) == []
             own_broker.freeze()
@@ -84,6 +84,7 @@ async def test_silent_broker_is_noticed(own_broker: Broker) -> None:
                 while True:
                     await consumer.poll(0.1)
         own_broker.thaw()
+        kafka = quick(own_broker.address, rebalance_timeout=30.0)
         async with kafka.consumer([topic], "g") as consumer, kafka.producer() as producer:
             await (await producer.send(Outgoing(topic, b"again")))
             assert [r.value for r in await drain(consumer, 1)] == [b"again"]
@@ -96,6 +97,9 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
     topic = await make(kafka)
     acks: list[asyncio.Future[Position]] = []
     joined, done = asyncio.Event(), asyncio.Event()
+
+    def acked() -> int:
+        return sum(ack.done() for ack in acks)
 
     async def send() -> None:
         async with kafka.producer() as producer:
@@ -114,15 +118,15 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
                     ((record.value or b"")[:6], None) for record in await consumer.poll(0.2)
                 )
 
-    async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(110), asyncio.TaskGroup() as tasks:
         tasks.create_task(send())
         tasks.create_task(receive())
         await joined.wait()
-        await asyncio.sleep(1)
+        await until(lambda: acked() >= 20)
         await asyncio.to_thread(own_broker.kill)
-        before = sum(ack.done() for ack in acks)
+        before = acked()
         await asyncio.to_thread(own_broker.start)
-        await asyncio.sleep(1)
+        await until(lambda: acked() >= before + 20)
         done.set()
     positions = [ack.result() for ack in acks]
     assert 0 < before < len(positions)
@@ -134,7 +138,7 @@ async def test_killed_broker_loses_nothing_that_was_acked(own_broker: Broker) ->
 
 async def test_broker_that_dies_in_a_takeover_only_delays_it(own_broker: Broker) -> None:
     """Else a restart of the broker at the wrong moment ends every worker that is starting."""
-    kafka = quick(own_broker.address, rebalance_timeout=30.0)
+    kafka = quick(own_broker.address, rebalance_timeout=60.0)
     topic = await make(kafka)
     group, tp = "g-dies", TopicPartition(topic, 0)
     async with kafka.admin() as admin:
@@ -155,11 +159,11 @@ async def test_broker_that_dies_in_a_takeover_only_delays_it(own_broker: Broker)
         witness = Witness()
         consumer = kafka.consumer([topic], group, witness)
         joining = asyncio.create_task(consumer.__aenter__())
+        await until(lambda: killer.fired)
         await asyncio.sleep(3)  # beyond the session: reading has given up by now
-        assert killer.fired
         assert not joining.done()
         await asyncio.to_thread(own_broker.start)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await joining
         assert witness.commits == {tp: Commit(7, "seven")}
         await consumer.__aexit__(None, None, None)
@@ -183,7 +187,7 @@ async def test_loading_coordinator_never_says_that_nothing_is_committed(
             )
     own_broker.kill()
     starting = asyncio.create_task(asyncio.to_thread(own_broker.start))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(100):
         while True:
             try:
                 async with kafka.admin() as admin:

@@ -83,7 +83,7 @@ async def test_record_over_the_limit_is_refused_and_the_next_one_passes(harness:
     (position,) = await harness.send(topic, [b"small"])
     assert position.offset == 0
     await harness.admin.configure(topic, {"max.message.bytes": "50000"})
-    async with asyncio.timeout(20):  # a broker takes a setting before its logs obey it
+    async with asyncio.timeout(60):  # a broker takes a setting before its logs obey it
         while True:
             try:
                 (position,) = await harness.send(topic, [bytes(20_000)])
@@ -138,7 +138,7 @@ async def test_many_records_at_once_lose_no_field_of_one(harness: Harness) -> No
 async def test_many_records_may_be_more_than_one_request_takes(harness: Harness) -> None:
     topic = await harness.topic(2)
     sent = [Outgoing(topic, bytes([n]) * 90_000, None, n % 2) for n in range(60)]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         await (await harness.producer.send_many(sent))
     async with harness.transport.consumer([topic], None) as reader:
         records = await drain(reader, 60)
@@ -183,20 +183,27 @@ async def test_poll_waits_as_long_as_asked_and_no_longer(harness: Harness) -> No
     topic = await harness.topic()
     async with harness.transport.consumer([topic], "g-" + topic) as consumer:
         for timeout in (0.0, 0.4):
-            begin = time.monotonic()
-            assert not await consumer.poll(timeout)
-            assert timeout * 0.9 <= time.monotonic() - begin < timeout + harness.slack
+            waits = []
+            for _ in range(3):
+                begin = time.monotonic()
+                assert not await consumer.poll(timeout)
+                waits.append(time.monotonic() - begin)
+            assert min(waits) >= timeout * 0.9
+            assert min(waits) < timeout + harness.slack, "a busy machine may delay one, not all"
 
 
 async def test_poll_returns_when_the_first_record_comes(harness: Harness) -> None:
     topic = await harness.topic()
     async with harness.transport.consumer([topic], "g-" + topic) as consumer:
-        begin = time.monotonic()
-        poll = asyncio.create_task(consumer.poll(10.0))
-        await asyncio.sleep(0.1)
-        await harness.send(topic, [b"now"])
-        assert values(await poll) == [b"now"]
-        assert time.monotonic() - begin < 0.1 + harness.slack
+        waits = []
+        for _ in range(3):
+            begin = time.monotonic()
+            poll = asyncio.create_task(consumer.poll(10.0))
+            await asyncio.sleep(0.1)
+            await harness.send(topic, [b"now"])
+            assert values(await poll) == [b"now"]
+            waits.append(time.monotonic() - begin)
+        assert min(waits) < 0.1 + harness.slack, "a busy machine may delay one, not all"
 
 
 async def test_poll_gives_no_more_than_asked_for_and_goes_on_there(harness: Harness) -> None:
@@ -206,7 +213,7 @@ async def test_poll_gives_no_more_than_asked_for_and_goes_on_there(harness: Harn
     async with harness.transport.consumer([topic], None) as reader:
         records: list[Record] = []
         while len(records) < 60:
-            batch = await reader.poll(5.0, max_records=7)
+            batch = await reader.poll(30.0, max_records=7)
             assert 0 < len(batch) <= 7
             records += batch
     assert by_partition(records) == {0: list(range(30)), 1: list(range(30))}
@@ -303,7 +310,7 @@ async def test_missing_topic_is_named_at_once(harness: Harness) -> None:
     topic = await harness.topic()
     for group in ("g-" + topic, None):
         with pytest.raises(TopicError, match="no-such-topic"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 async with harness.transport.consumer([topic, "no-such-topic"], group):
                     pytest.fail("joined")
 
@@ -375,7 +382,7 @@ async def test_topics_are_made_once_configured_and_deleted(harness: Harness) -> 
     assert await harness.ends(topic) == (0, 1)
 
     await harness.admin.configure(topic, {"segment.bytes": "1048576"})
-    async with asyncio.timeout(10):  # a broker answers before its replicas know
+    async with asyncio.timeout(60):  # a broker answers before its replicas know
         while True:
             config = (await harness.admin.topics([topic]))[topic].config
             if config["segment.bytes"] == "1048576":

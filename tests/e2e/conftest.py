@@ -52,7 +52,7 @@ class Run:
     lines: list[str] = field(default_factory=list)
     reading: asyncio.Task[None] | None = None
 
-    async def line(self, start: str, seconds: float = 60) -> str:
+    async def line(self, start: str, seconds: float = 180) -> str:
         """Wait for a line that begins with `start`."""
         async with asyncio.timeout(seconds):
             while True:
@@ -71,7 +71,7 @@ class Run:
         """Send a signal and return the exit code."""
         if self.process.returncode is None:
             self.process.send_signal(number)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             return await self.process.wait()
 
     def children(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ async def streaminfer(*arguments: str, cwd: Path, **environment: str) -> AsyncIt
         if process.returncode is None:
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), 30)
+                await asyncio.wait_for(process.wait(), 60)
             except TimeoutError:
                 process.kill()
                 await process.wait()

@@ -43,7 +43,7 @@ MODEL = {
 @asynccontextmanager
 async def running(file: Path, address: str) -> AsyncIterator[tuple[Run, Client]]:
     async with streaminfer("run", str(file), "--kafka", address, cwd=file.parent) as run:
-        await run.line("ready", 150)
+        await run.line("ready")
         async with Client(address, pipeline=file) as client:
             yield run, client
         assert await run.stop() == 0, run.text

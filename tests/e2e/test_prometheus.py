@@ -22,7 +22,7 @@ from streaminfer import Client
 from tests.docker.tools import DOCKER, dashboard_queries, program, rules
 from tests.e2e.conftest import digits_file, streaminfer
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 
 VARIABLES = {"$pipeline": ".+", "$stage": ".+", "$__rate_interval": "15s", "$__range": "15s"}
 
@@ -75,7 +75,7 @@ def asked(address: str, expression: str) -> dict[str, Any]:
     query = urllib.parse.urlencode({"query": expression})
     url = f"{address}/api/v1/query?{query}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own address
+        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310 - our own address
             found: dict[str, Any] = json.load(answer)
     except urllib.error.HTTPError as error:
         found = json.load(error)
@@ -84,7 +84,7 @@ def asked(address: str, expression: str) -> dict[str, Any]:
 
 async def scraped(address: str, workers: int) -> None:
     """Wait until every worker was scraped for a while."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while time.monotonic() < until:
         await asyncio.sleep(0.5)
         try:
@@ -93,7 +93,7 @@ async def scraped(address: str, workers: int) -> None:
             continue
         if len(found["data"]["result"]) == workers:
             return
-    raise AssertionError("Prometheus did not scrape all workers within 60 s")
+    raise AssertionError("Prometheus did not scrape all workers within 150 s")
 
 
 async def test_every_query_of_dashboard_and_rules_answers(kafka_address: str, folder: Path) -> None:
@@ -102,7 +102,7 @@ async def test_every_query_of_dashboard_and_rules_answers(kafka_address: str, fo
     file = digits_file(folder, **FANS)
     images = [(name, value) for name, _, value in scans()[:400]]
     async with streaminfer("run", str(file), "--kafka", kafka_address, cwd=folder) as run:
-        await run.line("ready", 150)
+        await run.line("ready")
         (targets,) = (folder / ".streaminfer").glob("*.targets.json")
         async with prometheus(folder, targets) as address:
             async with Client(kafka_address, pipeline=file) as client:

@@ -60,8 +60,10 @@ async def test_a_running_pipeline_is_read_and_judged(
         idle = await replan(spec, [pipeline.address], over=0.2, folder=where)
         assert idle.verdict == "measure longer"
         async with busy(pipeline):
-            await asyncio.sleep(0.5)
-            advice = await replan(spec, [str(targets)], over="3s", folder=where, out=out)
+            for over in ("2s", "10s", "60s"):  # a busy machine computes fewer in as long
+                advice = await replan(spec, [str(targets)], over=over, folder=where, out=out)
+                if advice.verdict != "measure longer":
+                    break
     assert advice.verdict in ("change", "leave"), advice.why
     assert advice.stages is not None
     assert list(advice.stages) == ["stem", "trunk", "head"]

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 from uuid import uuid4
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.digits.images import scans
 from streaminfer import Client, LocalPipeline, Prediction
 from streaminfer.client import connect
 from streaminfer.commands import plan_of
+from streaminfer.planning import build as build_module
+from streaminfer.planning import reference as reference_module
 from streaminfer.planning.example import Inputs
+from streaminfer.planning.factory import make_model
 from streaminfer.planning.reference import reference
 from streaminfer.planning.verify import VerifyReport, verify
 from streaminfer.runtime.postprocess import batch_of
+from streaminfer.spec import ModelSpec
 from streaminfer.spec.file import load
 from streaminfer.topology import build
 from tests.e2e.conftest import ROOT
@@ -55,6 +61,29 @@ def copied(file: Path, folder: Path, changes: Changes = AS_IT_IS) -> Path:
     return copy
 
 
+class Made:
+    """Keeps what is made with random weights, whose norms need many rows of a large image.
+
+    Files that differ in all but the model share one; its weights are those of the first.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, nn.Module] = {}
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Let builds and references take their models from here."""
+        with patch.object(build_module, "make_model", self._make):  # noqa: SIM117 - too long
+            with patch.object(reference_module, "make_model", self._make):
+                yield
+
+    def _make(self, model: ModelSpec, *given: Any, **more: Any) -> nn.Module:
+        key = f"{model.factory} {model.kwargs}"
+        if key not in self._models:
+            self._models[key] = make_model(model, *given, **more)
+        return self._models[key]
+
+
 @dataclass(frozen=True)
 class Form:
     """One pipeline file with its plan, built once for all tests of it."""
@@ -62,6 +91,7 @@ class Form:
     file: Path
     folder: Path
     random_weights: bool = False
+    made: Made | None = None  # models that were made before, instead of others as they
 
     @cached_property
     def _planned(self) -> tuple[Any, Any, Any]:
@@ -76,9 +106,10 @@ class Form:
     @cached_property
     def report(self) -> VerifyReport:
         """What `streaminfer verify` says of it."""
-        spec, where, _ = self._planned
         sizes = (2,) if self.random_weights else (1, 3, 8)
-        return verify(spec, where, batch_sizes=sizes)
+        with self.made.instead() if self.made else nullcontext():
+            spec, where, _ = self._planned
+            return verify(spec, where, batch_sizes=sizes)
 
     def check_topology(self) -> None:
         """Raise AssertionError if a worker keeps what a stage elsewhere waits for."""

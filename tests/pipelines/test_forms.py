@@ -16,7 +16,7 @@ import torch
 from streaminfer import Client
 from tests.e2e.conftest import streaminfer
 from tests.pipelines import own
-from tests.pipelines.forms import AS_IT_IS, DIGITS, STAGES, Changes, Form, answered, copied
+from tests.pipelines.forms import AS_IT_IS, DIGITS, STAGES, Changes, Form, Made, answered, copied
 
 FILES = sorted(STAGES.glob("*/*.yaml"))
 LARGE = {file for file in FILES if file.parent.name == "resnet50"}  # no scans of digits for these
@@ -190,11 +190,12 @@ BUSES = [
 def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Form]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a core is busy with the workers' loops and Kafka's clients
-    found = {}
+    found, shared = {}, Made()
     for name, (file, changes) in NAMES.items():
         folder = tmp_path_factory.mktemp("form")
         shutil.copy(own.__file__, folder)
-        found[name] = Form(copied(file, folder, changes), folder, random_weights=file in LARGE)
+        made = shared if file in LARGE and file.name != "pipeline.yaml" else None
+        found[name] = Form(copied(file, folder, changes), folder, file in LARGE, made)
     yield found
     torch.set_num_threads(threads)
 
@@ -233,7 +234,7 @@ async def test_the_answers_are_those_of_the_uncut_model(
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_the_workers_of_a_hybrid_are_processes(
     forms: dict[str, Form], kafka_address: str
 ) -> None:
@@ -242,7 +243,7 @@ async def test_the_workers_of_a_hybrid_are_processes(
     plan = ("--plan", str(form.folder / "plan"))
     command = ("run", str(form.file), "--kafka", kafka_address, *plan)
     async with streaminfer(*command, cwd=form.folder, **path) as run:
-        await run.line("ready", 180)
+        await run.line("ready")
         async with Client(kafka_address, pipeline=form.file) as client:
             form.check(await answered(client, form.images))
         assert await run.stop() == 0, run.text

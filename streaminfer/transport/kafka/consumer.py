@@ -262,7 +262,9 @@ class KafkaConsumer:
     def _watch_topics(self, now: float) -> None:
         topics = self._subscription.topics
         gone = [topic for topic in topics if self._kafka.partitions_for_topic(topic) is None]
-        if not gone:
+        # a broker that has gone silent since says nothing about its topics
+        told = self._kafka._client.cluster._last_successful_refresh_ms / 1000
+        if not gone or time.time() - told > _GONE:
             self._topics_seen = now
         elif now - self._topics_seen > _GONE:
             raise TopicError(f"topic {gone[0]} was deleted while it was read; restart")

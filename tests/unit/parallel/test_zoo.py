@@ -6,15 +6,18 @@ One for each way of building a model; all of them are in `make bench ONLY=zoo`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.pipeline import Cutter
 from tests.models import SkipMLP, numbers
-from tests.zoo import attempt, entries, reload, run
+from tests.zoo import Entry, attempt, entries, reload, run
 
 CHOSEN = {
     "torchvision": [
@@ -25,13 +28,38 @@ CHOSEN = {
         "efficientnet_b0",
         "shufflenet_v2_x0_5",  # chunk and shuffle
         "swin_t",  # windows, rolled and padded
-        "vit_b_16",  # a class token
-        "maxvit_t",  # attention over a grid
     ],
     "segmentation": ["fcn_resnet50+aux"],  # a dict of outputs
     "timm": ["levit_128s"],
     "transformers": ["bert-tiny", "llama"],  # several inputs by name
 }
+
+
+def narrow_vit() -> nn.Module:
+    made: nn.Module = torchvision.models.VisionTransformer(
+        image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=128
+    )
+    return made
+
+
+def narrow_maxvit() -> nn.Module:
+    made: nn.Module = torchvision.models.MaxVit(
+        (56, 56), 16, partition_size=7, block_channels=[16, 32], block_layers=[2, 1], head_dim=8,
+        stochastic_depth_prob=0.2,
+    )  # fmt: skip
+    return made
+
+
+def images(pixels: int, n: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return {"": torch.randn(n, 3, pixels, pixels, generator=generator)}
+
+
+# torchvision's classes behind vit_b_16 and maxvit_t, which as they are take half a minute
+NARROW = [
+    Entry("vit", "torchvision", narrow_vit, partial(images, 64)),  # a class token
+    Entry("maxvit", "torchvision", narrow_maxvit, partial(images, 56)),  # attention over a grid
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +81,18 @@ def test_a_model_as_it_is_gives_the_same_bits_in_two_three_and_four_stages(
     if family in ("timm", "transformers"):
         pytest.importorskip(family, reason=f"{family} is not installed: pip install {family}")
     (entry,) = [entry for entry in entries([family]) if entry.name == name]
-    result = attempt(entry, tmp_path)
+    check(entry, tmp_path)
+
+
+@pytest.mark.parametrize("entry", NARROW, ids=lambda entry: entry.name)
+def test_a_large_model_s_classes_made_narrow_give_the_same_bits_too(
+    entry: Entry, tmp_path: Path
+) -> None:
+    check(entry, tmp_path)
+
+
+def check(entry: Entry, folder: Path) -> None:
+    result = attempt(entry, folder)
     assert result.equal, result
     assert result.cuts > 20
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from streaminfer.commands import trial
 from streaminfer.commands.simulate import Ask, Outcome, predict, print_simulated
 from streaminfer.errors import ConfigError
 from streaminfer.spec import PipelineSpec, load
@@ -68,8 +69,9 @@ def test_the_engine_does_what_is_predicted(
 
 
 def test_the_json_has_the_same_keys_for_both(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trial, "CALIBRATE", 0.5)
     spec = digits(tmp_path)
     outcome = asked(
         spec, tmp_path, rate=20.0, seconds=4.0, check=True, what_if=["trunk.seconds=2x"]

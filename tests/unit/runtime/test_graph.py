@@ -122,7 +122,7 @@ async def test_parts_run_side_by_side() -> None:
     both = asyncio.Barrier(2)
 
     async def meet() -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await both.wait()
 
     result = await graph(t0=Give("t.0", meet), t1=Give("t.1", meet))([item()])

@@ -162,7 +162,7 @@ async def test_stop_drains_what_is_under_way(bench: Bench) -> None:
     running = asyncio.create_task(bench.run(step, burst=False))
     await begun.wait()
     bench.stop.set()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 30)
     seen = await bench.out()
     commits = await bench.committed()
     assert len(seen) == sum(step.sizes) == sum(c.offset for c in commits.values() if c)
@@ -187,16 +187,23 @@ async def test_a_closed_window_stops_the_intake_and_an_answer_opens_it(bench: Be
             entered.append(record.offset)
             bench.window.enter(record.position.tp, record.offset + 1)
 
+    async def come(count: int) -> None:
+        """Wait for so many, and a moment for one too many."""
+        async with asyncio.timeout(30):
+            while len(entered) < count:  # noqa: ASYNC110 - another task counts
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+
     running = asyncio.create_task(bench.run(Copy(enter), burst=False))
-    await asyncio.sleep(0.5)
+    await come(12)
     assert len(entered) == 12, "four of each of the three partitions"
     async with bench.bus.admin() as admin:
         marks = {TopicPartition("sink", p): Commit(0, '{"watermark": 4}') for p in range(3)}
         await admin.commit("sink", marks)
-    await asyncio.sleep(0.5)
+    await come(24)
     assert len(entered) == 24
     bench.stop.set()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 30)
 
 
 async def test_a_plan_that_begins_anew_goes_on_at_the_watermark(bench: Bench) -> None:

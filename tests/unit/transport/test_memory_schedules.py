@@ -130,7 +130,7 @@ async def live(steps: Sequence[tuple[str, int, int]]) -> None:
         left = [(await admin.offsets([tp]))[tp][1] for tp in all_partitions()]
         assert left == world.sent
         every = {(p, n) for p in range(PARTITIONS) for n in range(world.sent[p])}
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while world.seen != every:
                 for member in world.members:
                     await member.poll(50)
