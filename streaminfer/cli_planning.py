@@ -39,15 +39,22 @@ Kafka = Annotated[
     str | None,
     typer.Option("--kafka", metavar="HOST:PORT", help="Measure the hops of this broker."),
 ]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Exactly this micro-batch: it is measured however long it takes."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again, whatever was kept.")]
 
 
-def profile(
+def profile(  # noqa: PLR0913 - a command's flags
     model: Model,
     devices: Devices = "cpu",
     kwargs: Kwargs = "{}",
     example: ExampleText = "",
     random_weights: Random = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Measure this micro-batch, too, whatever it takes.")
+    ] = None,
     kafka: Kafka = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -65,6 +72,7 @@ def profile(
         kwargs,
         example,
         random_weights,
+        batch=batch,
         kafka=kafka,
         fresh=fresh,
     )
@@ -76,7 +84,7 @@ def plan(  # noqa: PLR0913 - a command's flags
     model: Model,
     devices: Devices = "cpu",
     stages: Annotated[int | None, typer.Option(min=1, help="Exactly so many stages.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this micro-batch.")] = None,
+    batch: Batch = None,
     memory: Annotated[
         str | None, typer.Option(metavar="4GB|cuda:0=16GB,…", help="Memory of each device.")
     ] = None,
