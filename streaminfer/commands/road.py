@@ -1,4 +1,4 @@
-"""What the road costs on this machine: a hop on each bus, and decoding one input."""
+"""What the road costs on this machine: a hop on each bus; and inputs to try."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from streaminfer.client import connect
 from streaminfer.metrics import Metrics
 from streaminfer.planning.example import example_inputs
 from streaminfer.planning.profile import Link
-from streaminfer.planning.timing import threads_set
 from streaminfer.runtime.outbox import Outbox
-from streaminfer.runtime.postprocess import batch_of
 from streaminfer.runtime.receive import Envelopes
 from streaminfer.runtime.rows import NAMES, as_bytes
 from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
@@ -29,7 +27,7 @@ from streaminfer.transport import TopicSpec, Transport
 from streaminfer.transport.memory import MemoryTransport
 from streaminfer.wire import Envelope, Sample, Tensor, TensorInput, encode_tensor_input
 
-__all__ = ["KAFKA", "LOCAL", "hop", "ingest_seconds", "inputs"]
+__all__ = ["KAFKA", "LOCAL", "hop", "inputs"]
 
 LOCAL = Link(name="local", alpha=0.0, per_byte=0.0, source="the same process")
 # Measured once, one broker on the same machine, tuned malloc, records of 800 kB: 376 MB/s out and
@@ -156,16 +154,3 @@ def _message(row: Mapping[str, torch.Tensor]) -> bytes:
     packed = {n: Tensor(NAMES[t.dtype], tuple(t.shape), as_bytes(t)) for n, t in row.items()}
     one = next(iter(packed.values())) if len(packed) == 1 else None
     return encode_tensor_input(TensorInput(one, tensors={} if one else packed))
-
-
-def ingest_seconds(spec: PipelineSpec) -> float:
-    """Return the seconds that decoding one input record takes, in one thread."""
-    if spec.input.decode == "tensor":
-        return 0.0
-    records, seconds = inputs(spec), []
-    with threads_set(1):
-        for _ in range(3):
-            began = time.thread_time()
-            batch_of(records, spec.input)
-            seconds.append((time.thread_time() - began) / len(records))
-    return min(seconds)
