@@ -23,6 +23,7 @@ from streaminfer.planning.profile import Profile
 __all__ = ["show_plan", "show_profile", "to_json"]
 
 ROWS = 24  # of the profile's table: parts between cuts, joined where there are more
+FORM = 14  # characters of a candidate's form that stay on one line
 LOOK: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False}
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -142,7 +143,8 @@ def _stages(best: Candidate) -> Table:
     busy = best.busy()
     for stage in best.stages:
         devices = ", ".join(dict.fromkeys(stage.devices))
-        copies = f" x{len(stage.devices)}" if len(stage.devices) > 1 else ""
+        copies = f" x{stage.replicas}" if stage.replicas > 1 else ""
+        copies += f" ÷{stage.split.how.parts}" if stage.split else ""
         threads = f", {stage.threads} threads" if stage.threads > 1 else ""
         table.add_row(
             stage.name,
@@ -196,7 +198,8 @@ def _edges(outcome: Outcome) -> Table:
 def _others(outcome: Outcome) -> Table:
     tried = bool(outcome.measured)
     table = Table(title="candidates", **LOOK)
-    table.add_column("form", no_wrap=True)
+    longest = max(len(candidate.form) for candidate in outcome.candidates)
+    table.add_column("form", min_width=min(FORM, longest + 2), max_width=2 * FORM)
     table.add_column("cut behind", overflow="ellipsis", no_wrap=True, max_width=14)
     names = ["batch", "predicted/s", "p50/p99 ms"]
     names += ["measured/s", "p50/p99 ms"] if tried else []

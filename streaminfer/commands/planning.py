@@ -34,6 +34,7 @@ from streaminfer.planning.codecs import (
 )
 from streaminfer.planning.finalists import choose
 from streaminfer.planning.forecast import scenario
+from streaminfer.planning.parts import Parts
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, plan
 from streaminfer.planning.predict import Candidate, Machine, Measured
@@ -205,6 +206,7 @@ def make_plan(asked: Asked, *, quiet: bool = False) -> Outcome:
             slo_p99=slo,
             edge=edge,
             wide=found.devices[len(where)] if len(found.devices) > len(where) else None,
+            splitter=Parts(captured),
         )
         outcome = Outcome(
             known,
@@ -224,8 +226,10 @@ def make_plan(asked: Asked, *, quiet: bool = False) -> Outcome:
     return outcome
 
 
-def _cuts(candidate: Candidate) -> list[int]:
-    return [stage.last for stage in candidate.stages[:-1]]
+def _cuts(candidate: Candidate, *, by_split: bool = True) -> list[int]:
+    """Return where it is cut; or but for the cuts beside a split: parts are not what crosses it."""
+    pairs = zip(candidate.stages, candidate.stages[1:], strict=False)
+    return [a.last for a, b in pairs if by_split or not (a.split or b.split)]
 
 
 def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str | None) -> Outcome:
@@ -251,13 +255,20 @@ def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str 
         edges = {c.position: Edge(c.dtype, hop(c.position, c.dtype)[0]) for c in choices}
         return edges, choices, together
 
-    first, _, _ = chosen(_cuts(outcome.answer.best))
+    def native(candidate: Candidate) -> dict[int, Edge]:
+        return dict.fromkeys(set(_cuts(candidate)) - set(_cuts(candidate, by_split=False)), Edge())
+
+    first, _, _ = chosen(_cuts(outcome.answer.best, by_split=False))
+    first |= native(outcome.answer.best)
     common = min(first.values(), key=lambda e: e.dtype == "native", default=Edge())
     request = replace(outcome.request, edge=common, edges=first)
     answer = plan(outcome.profile, request)
-    edges, choices, together = chosen(_cuts(answer.best))
+    edges, choices, together = chosen(_cuts(answer.best, by_split=False))
+    edges |= native(answer.best)
     request = replace(request, edges=edges)
     why = (*answer.why, *_drift_lines(choices, edges, together, folder))
+    if native(answer.best):
+        why = (*why, "edges beside a split stay native: drift is measured on what crosses a cut")
     return replace(
         outcome,
         request=request,

@@ -140,18 +140,22 @@ def schedule(candidate: Candidate) -> list[Turn]:
     stretch = max(1.0, candidate.period / own)
     free = [[0.0] * len(stage.devices) for stage in candidate.stages]
     lanes = [sum(len(s.devices) for s in candidate.stages[:k]) for k in range(len(free))]
-    window = 2 * sum(len(stage.devices) for stage in candidate.stages)
+    window = 2 * sum(stage.replicas for stage in candidate.stages)
     ended: list[float] = []
     turns: list[Turn] = []
     for batch in range(6 * window + 4 * PERIODS):
         at = ended[batch - window] if batch >= window else 0.0
         for k, stage in enumerate(candidate.stages):
             device = min(range(len(free[k])), key=free[k].__getitem__)
+            at += stretch * stage.split.scatter if stage.split else 0.0
             start = max(at, free[k][device])
             received = start + stretch * stage.receive
             computed = received + stretch * stage.compute
-            at = free[k][device] = computed + stretch * stage.send
-            turns.append(Turn(lanes[k] + device, k, batch, start, received, computed, at))
+            at = computed + stretch * stage.send
+            for side in range(len(free[k])) if stage.split else (device,):
+                free[k][side] = at  # the parts of a split are at work together
+                turns.append(Turn(lanes[k] + side, k, batch, start, received, computed, at))
+            at += stretch * stage.split.gather if stage.split else 0.0
         ended.append(at)
     return turns
 

@@ -8,7 +8,7 @@ the times are the profile's, so that a plan is foreseen before anything is built
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -61,13 +61,13 @@ def scenario(candidate: Candidate, profile: Profile, request: Request) -> Scenar
     Full is a closed loop in which every partition, and every worker, has two micro-batches to do.
     """
     machine, batch = request.machine, candidate.batch
-    workers = [len(stage.devices) for stage in candidate.stages]
-    partitions = max(machine.partitions, *workers)
+    workers = [stage.replicas * stage.sides for stage in candidate.stages]
+    partitions = max(machine.partitions, *(stage.replicas for stage in candidate.stages))
     window = 2 * batch * max(partitions, 1 + sum(workers))
     rate = max(candidate.throughput, 1e-6)
     span = max(min(SPAN, MANY / rate), FULL * batch / rate, 2 * window / rate)
     warm = max(span / 2, 2 * window / rate)
-    stages = [_stage(k, candidate, profile, request) for k in range(len(workers))]
+    stages = _cells(candidate, profile, request)
     widest = ROW_OVERHEAD + max(stage.bytes_out for stage in stages)
     room = max(machine.memory, batch * partitions * int(widest))
     return Scenario(
@@ -103,15 +103,52 @@ def busy_of(candidate: Candidate, busy: Mapping[str, float]) -> dict[str, float]
     return found
 
 
+def _cells(candidate: Candidate, profile: Profile, request: Request) -> list[SimStage]:
+    """Return a cell for each stage, and for a split one those around and of its parts.
+
+    What joins the parts runs in the worker of the stage behind it, what feeds them in the one
+    before, as in `topology.py`.
+    """
+    found: list[SimStage] = []
+    for k, stage in enumerate(candidate.stages):
+        cell = _stage(k, candidate, profile, request)
+        before = (found[-1].name,) if found else ()
+        if stage.split is None:
+            joined = bool(k) and candidate.stages[k - 1].split is not None
+            found.append(replace(cell, reads=before, local=joined))
+            continue
+        parts, sent = stage.sides, stage.split.row_bytes - stage.row_bytes
+        around = {b: request.machine.calls.seconds(b) for b in cell.seconds}
+        door = replace(cell, seconds=around, speeds=(1.0,), shares=(1.0,), threads=1)
+        sliced = stage.split.how.grid is not None
+        if sliced or not before:
+            name, out = f"{stage.name}.scatter", float(max(0, sent))
+            found.append(replace(door, name=name, reads=before, local=bool(before), bytes_out=out))
+            before = (name,)
+        each = found[-1].bytes_out / (parts if sliced else 1)
+        names = tuple(f"{stage.name}.{n}" for n in range(parts))
+        found += [
+            replace(
+                cell, name=name, reads=before, bytes_in=(each,), speeds=(1.0,), shares=(1.0,),
+                topic="" if sliced else stage.name, bytes_out=stage.row_bytes / parts,
+            )
+            for name in names
+        ]  # fmt: skip
+        whole = float(stage.row_bytes)
+        found.append(replace(door, name=f"{stage.name}.gather", reads=names, bytes_out=whole))
+    return found
+
+
 def _stage(k: int, candidate: Candidate, profile: Profile, request: Request) -> SimStage:
     stage, machine = candidate.stages[k], request.machine
     end = k + 1 == len(candidate.stages)
     devices = [_device(name, stage, request) for name in stage.devices]
     sizes = [b for b in profile.batches() if b <= candidate.batch]
     codec = _codec(k, candidate, profile, request)
+    part = _part(candidate, stage, devices)
     times = [
         {
-            b: _compute(stage, device, b) + machine.calls.seconds(b, not k, end) + b * codec
+            b: part * _compute(stage, device, b) + machine.calls.seconds(b, not k, end) + b * codec
             for b in sizes
         }
         for device in devices
@@ -138,6 +175,13 @@ def _device(name: str, stage: PlacedStage, request: Request) -> DeviceProfile:
     wide = request.wide
     alone = wide is not None and stage.devices == (wide.device,) and stage.threads == wide.threads
     return wide if wide is not None and alone and pool.threads != wide.threads else pool
+
+
+def _part(candidate: Candidate, stage: PlacedStage, devices: Sequence[DeviceProfile]) -> float:
+    """Return what a part of a split stage takes, of the whole stage's time; 1 of one that is."""
+    if stage.split is None:
+        return 1.0
+    return stage.compute / max(_compute(stage, d, candidate.batch) for d in devices)
 
 
 def _compute(stage: PlacedStage, device: DeviceProfile, batch: int) -> float:
@@ -167,7 +211,9 @@ def _limit(candidate: Candidate, full: Report, request: Request) -> str:
     """Return what is at work most of its time at full load."""
     machine, busy = request.machine, busy_of(candidate, full.busy)
     cpu = sum(
-        busy[s.name] * len(s.devices) * s.threads for s in candidate.stages if s.devices[0] == "cpu"
+        busy[s.name] * s.replicas * s.sides * s.threads
+        for s in candidate.stages
+        if s.devices[0] == "cpu"
     )
     cpu += full.host + machine.host.decode * full.throughput
     shares = {**busy, "event loop": full.host}

@@ -75,8 +75,15 @@ def _stage(stage: PlacedStage) -> dict[str, Any]:
         found["until"] = stage.until
     alike = set(stage.devices)
     found["device"] = stage.devices[0] if len(alike) == 1 else list(stage.devices)
-    if len(stage.devices) > 1:
-        found["replicas"] = len(stage.devices)
+    if stage.split:
+        how = stage.split.how
+        found["split"] = (
+            {"by": "tiles", "grid": list(how.grid)}
+            if how.grid
+            else {"by": "channels", "parts": how.parts}
+        )
+    if stage.replicas > 1:
+        found["replicas"] = stage.replicas
     if stage.shares:
         found["shares"] = list(stage.shares)
     if "cpu" in alike:
@@ -87,8 +94,9 @@ def _stage(stage: PlacedStage) -> dict[str, Any]:
 def _says(stage: PlacedStage, candidate: Candidate) -> str:
     share = candidate.busy()[stage.name]
     crossing = f", {stage.row_bytes:,} bytes per sample leave it" if stage.until else ""
+    each = f"each of {len(stage.devices)} parts " if stage.split else ""
     return (
-        f"{stage.compute * 1000:.1f} ms per micro-batch, busy {share:.0%}, "
+        f"{each}{stage.compute * 1000:.1f} ms per micro-batch, busy {share:.0%}, "
         f"weights {stage.weight_bytes / 1e6:.1f} MB{crossing}"
     )
 
@@ -112,12 +120,13 @@ def _room(subject: Subject, candidate: Candidate) -> dict[str, Any]:
     spec = subject.spec
     found: dict[str, Any] = {}
     partitions = spec.kafka.partitions
-    replicas = max(len(stage.devices) for stage in candidate.stages)
+    replicas = max(stage.replicas for stage in candidate.stages)
     if replicas > partitions:  # a consumer group has no more members at work than partitions
         partitions = replicas
         given = subject.document.get("kafka") or {}
         found["kafka"] = {**given, "partitions": replicas}
-    widest = max(OVERHEAD + stage.row_bytes for stage in candidate.stages)
+    rows = [s.split.row_bytes if s.split else s.row_bytes for s in candidate.stages]
+    widest = OVERHEAD + max(rows)
     if (least := candidate.batch * partitions * widest) > spec.memory:
         found["memory"] = least
     return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import Codec, Dtype
+from streaminfer.planning.fans import Splitter
 from streaminfer.planning.finalists import CLOSE, choose, finalists, in_time, is_asked
 from streaminfer.planning.partitioner import (
     Kind,
@@ -20,15 +21,15 @@ from streaminfer.planning.partitioner import (
     least_memory,
     solve,
 )
-from streaminfer.planning.predict import Candidate, Machine, PlacedStage, predict
+from streaminfer.planning.predict import BUFFERS, Candidate, Machine, PlacedStage, predict
 from streaminfer.planning.profile import DeviceProfile, Link, Profile
+from streaminfer.planning.splits import Setting, reasons, refusal, remedy, split_plans
 
 __all__ = ["Answer", "Edge", "Pool", "Request", "plan"]
 
 MANY = 100  # states of devices used, from which on only the best number of stages is looked at
 MOST_STAGES = 4  # beyond the best, each number of stages up to this is looked at
 NAMES = {1: ("all",), 2: ("stem", "head"), 3: ("stem", "trunk", "head")}
-BUFFERS = 2  # micro-batches held at a stage's door while it computes
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Request:
     edge: Edge = Edge()
     edges: Mapping[int, Edge] = field(default_factory=dict)  # by position, over `edge`
     wide: DeviceProfile | None = None  # one CPU worker that has all the cores
+    splitter: Splitter | None = None  # knows the model's graph; None: no stage is split
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def plan(profile: Profile, request: Request) -> Answer:
         ConfigError: no plan fits the memory, the latency or the number of stages asked for.
     """
     found = list(_candidates(profile, request))
+    split = split_plans(found, profile, request, lambda: _settings(profile, request))
+    found += split
     if not found:
         raise _too_little(profile, request)
     if not any(is_asked(c, request) for c in found):
@@ -96,6 +100,24 @@ def plan(profile: Profile, request: Request) -> Answer:
     best = choose(within)
     others = tuple(sorted((c for c in shown if c is not best), key=lambda c: -c.throughput))
     return Answer(best, others, tuple(_why(best, others, profile, request)))
+
+
+def _settings(profile: Profile, request: Request) -> list[Setting]:
+    """Return, for each batch size, what it takes to look for stages that are split."""
+
+    def crossing(position: int | None, nbytes: float) -> tuple[float, float]:
+        half = request.link.seconds(nbytes) / 2  # of the input, which travels as it is
+        return (half, half) if position is None else _crossing(profile, request, position, nbytes)
+
+    def setting(batch: int) -> Setting:
+        problem = _problem(profile, request, request.pools, batch)
+
+        def place(found: Partition) -> list[PlacedStage]:
+            return _placed(found, problem, request.pools, profile, request)
+
+        return Setting(batch, problem, crossing, place)
+
+    return [setting(batch) for batch in profile.batches() if request.batch in (None, batch)]
 
 
 def _candidates(profile: Profile, request: Request) -> Iterator[Candidate]:
@@ -193,6 +215,17 @@ def _candidate(
     request: Request,
     batch: int,
 ) -> Candidate:
+    stages = _placed(found, problem, pools, profile, request)
+    return predict(stages, batch, profile, request.link, request.machine)
+
+
+def _placed(
+    found: Partition,
+    problem: Problem,
+    pools: Sequence[Pool],
+    profile: Profile,
+    request: Request,
+) -> list[PlacedStage]:
     free = [list(pool.names) for pool in pools]
     names = NAMES.get(len(found.stages)) or (
         "stem", *(f"trunk{k}" for k in range(1, len(found.stages) - 1)), "head",
@@ -227,7 +260,7 @@ def _candidate(
                 shares=_speeds(problem, share, first, last) if len(used) > 1 else (),
             )
         )
-    return predict(stages, batch, profile, request.link, request.machine)
+    return stages
 
 
 def _speeds(problem: Problem, share: Share, first: int, last: int) -> tuple[float, ...]:
@@ -255,7 +288,9 @@ def _why(
         service = f"{_ms(stage.service)} per micro-batch of {best.batch}"
         yield f"stage {stage.name} limits: {service}{copies}"
     whole = [c for c in others if len(c.stages) == 1]
-    if len(best.stages) == 1:
+    if any(stage.split for stage in best.stages):
+        yield from reasons(best, others, request)
+    elif len(best.stages) == 1:
         yield "the model fits on each device: cutting it wins nothing, and no bytes cross a link"
     elif not whole:
         need = _mb(profile.weight_bytes)
@@ -280,8 +315,8 @@ def _too_little(profile: Profile, request: Request) -> ConfigError:
     factor, first, last = least_memory(problem, min(total, request.stages or total))
     need = float(problem.memory[first, last])
     most = max(pool.memory for pool in request.pools)
-    positions = range(int(problem.ends[first]) + 1, int(problem.ends[last]) + 1)
-    heavy = max(positions, key=lambda p: profile.nodes[p].weight_bytes)
+    start, end = int(problem.ends[first]) + 1, int(problem.ends[last])
+    heavy = max(range(start, end + 1), key=lambda p: profile.nodes[p].weight_bytes)
     layer = profile.nodes[heavy].layer or profile.nodes[heavy].name
     own = profile.nodes[heavy].weight_bytes
     alone = last == first + 1
@@ -291,10 +326,15 @@ def _too_little(profile: Profile, request: Request) -> ConfigError:
         f"at batch {batch} ({_mb(own)} of it are weights of {layer!r}); the devices allow "
         f"{_mb(most)} each: {_mb(need - most)} too little",
         where="--memory",
-        hint=(
-            "a layer can be split over devices: split: {by: channels} in the pipeline file"
-            if alone
-            else f"{factor:.1f} x the memory, more devices, or a smaller --batch"
+        hint="; ".join(
+            filter(
+                None,
+                (
+                    remedy(profile, request, _settings(profile, request)[0]),
+                    refusal(request.splitter, start, end) if alone and request.splitter else "",
+                    f"{factor:.2f} x the memory" + (" or a smaller --batch" if batch > 1 else ""),
+                ),
+            )
         ),
     )
 

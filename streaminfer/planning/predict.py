@@ -19,9 +19,22 @@ from streaminfer.planning.profile import Link, Profile
 from streaminfer.planning.simulation.scenario import Host
 from streaminfer.planning.simulation.scenario import Link as Transit
 
-__all__ = ["LOAD", "Calls", "Candidate", "Machine", "Measured", "PlacedStage", "periods", "predict"]
+__all__ = [
+    "BUFFERS",
+    "LOAD",
+    "Calls",
+    "Candidate",
+    "How",
+    "Machine",
+    "Measured",
+    "PlacedStage",
+    "Split",
+    "periods",
+    "predict",
+]
 
 LOAD = 0.7  # share of the throughput at which latency is predicted
+BUFFERS = 2  # micro-batches held at a stage's door while it computes
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,37 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class How:
+    """A way to split a stage: in tiles of this grid, or (None) by channels."""
+
+    parts: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def short(self) -> str:
+        """It in two words."""
+        if self.grid is None:
+            return f"channels x{self.parts}"
+        return f"tiles {self.grid[0]}x{self.grid[1]}"
+
+    def __str__(self) -> str:
+        """Say it as a sentence goes on."""
+        return f"split {'in' if self.grid else 'by'} {self.short}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A stage as parts side by side, one on each of its devices, and what stands around them."""
+
+    how: How
+    scatter: float  # seconds of a worker that feeds the parts alone; 0: the stage before does it
+    gather: float  # of a worker that only joins them; 0: the stage behind does it
+    row_bytes: int  # of one sample, to all parts and from them, as if nothing were cast
+    memory: float  # bytes of the larger of those workers
+    whole: float  # bytes that the stage would need on a device if it were not split
+
+
+@dataclass(frozen=True)
 class PlacedStage:
     """One stage as it would run. Seconds are for one micro-batch on its slowest device."""
 
@@ -82,7 +126,7 @@ class PlacedStage:
     first: int  # positions of its first and last node
     last: int
     until: str | None  # the layer that ends it; None: the model's end
-    devices: tuple[str, ...]  # one for each replica
+    devices: tuple[str, ...]  # one for each replica, or for each part of a split
     threads: int
     compute: float
     receive: float
@@ -92,11 +136,27 @@ class PlacedStage:
     memory: float  # bytes on each device
     row_bytes: int  # bytes that leave it for one sample, as sent
     shares: tuple[float, ...] = ()  # relative speeds of replicas that are unlike
+    split: Split | None = None
 
     @property
     def service(self) -> float:
         """Seconds that one micro-batch keeps one device busy."""
         return self.compute + self.receive + self.send
+
+    @property
+    def replicas(self) -> int:
+        """How many micro-batches it works on at once: the parts of a split share one."""
+        return 1 if self.split else len(self.devices)
+
+    @property
+    def sides(self) -> int:
+        """How many devices a micro-batch keeps busy at once."""
+        return len(self.devices) if self.split else 1
+
+    @property
+    def doors(self) -> float:
+        """Seconds of the workers that stand around the parts of a split."""
+        return self.split.scatter + self.split.gather if self.split else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +174,14 @@ class Candidate:
     @property
     def form(self) -> str:
         """What kind of answer it is, in words."""
-        replicas = max(len(stage.devices) for stage in self.stages)
+        replicas = max(stage.replicas for stage in self.stages)
+        splits = [(stage.name, stage.split.how) for stage in self.stages if stage.split]
         if len(self.stages) > 1:
             copies = f", up to {replicas} replicas" if replicas > 1 else ""
-            return f"{len(self.stages)} stages{copies}"
+            ways = "".join(f", {name} {how}" for name, how in splits)
+            return f"{len(self.stages)} stages{copies}{ways}"
+        if splits:
+            return str(splits[0][1])
         if replicas > 1:
             return f"replicate x{replicas}"
         threads = self.stages[0].threads
@@ -131,16 +195,27 @@ class Candidate:
     @property
     def latency_floor(self) -> float:
         """Seconds of one micro-batch through an idle pipeline."""
-        return sum(stage.service for stage in self.stages)
+        return sum(stage.service + stage.doors for stage in self.stages)
 
     @property
     def hop_bytes(self) -> tuple[int, ...]:
         """Bytes that one sample is on each hop between stages."""
         return tuple(stage.row_bytes for stage in self.stages[:-1])
 
+    @property
+    def travels(self) -> int:
+        """Bytes of one sample that are sent in all: between stages, and to and from parts."""
+        total, before = sum(self.hop_bytes), True  # a scatter of its own begins the model
+        for stage in self.stages:
+            if stage.split and before:
+                total += max(0, stage.split.row_bytes - stage.row_bytes)
+            before = stage.split is not None
+        last = self.stages[-1]
+        return total + (last.row_bytes if last.split else 0)
+
     def busy(self) -> dict[str, float]:
         """Return the share of time that each stage computes at full throughput."""
-        bound = {s.name: min(1.0, s.compute / len(s.devices) / self.period) for s in self.stages}
+        bound = {s.name: min(1.0, s.compute / s.replicas / self.period) for s in self.stages}
         return {**bound, **self.occupied}
 
 
@@ -177,11 +252,11 @@ def _latency(
     forming = min(machine.wait, interval * (batch - 1) / batch)
     mean, squares = forming + batch * machine.host.decode, 0.0
     for stage in stages:
-        turn = stage.service / len(stage.devices)
+        turn = stage.service / stage.replicas
         rho = min(0.99, max(turn, 1e-9) / interval)
         wait = rho * turn / (2 * (1 - rho))
         tail = max(0.0, math.log(100 * rho)) * rho * turn / (2 * (1 - rho))
-        mean += stage.service + wait
+        mean += stage.service + stage.doors + wait
         squares += max(0.0, tail - wait) ** 2
     return mean, mean + math.sqrt(squares)
 
@@ -192,13 +267,16 @@ def periods(
     """Return the seconds between two micro-batches that each thing allows, by its name."""
     host, shared = machine.host, machine.host.cores is not None
     count, rows = len(stages), sum(stage.row_bytes for stage in stages)
-    loop = host.loop_seconds(batch, 1, count, count) + 2 * batch * rows * host.nbyte
-    work = loop if shared else sum(s.receive + s.send for s in stages)
+    cells = count + sum(s.sides + 1 for s in stages if s.split)  # with what scatters and gathers
+    hops = sum(s.sides + bool(s.split) for s in stages)
+    loop = host.loop_seconds(batch, 1, cells, hops) + 2 * batch * rows * host.nbyte
+    work = loop
     if not shared:
+        work = sum((s.receive + s.send) * s.sides + s.doors for s in stages)
         work += link.seconds(batch * profile.output_bytes)
     around = [machine.calls.seconds(batch, not k, k + 1 == count) for k in range(count)]
     cpu = sum(
-        (stage.compute + more) * stage.threads
+        (stage.compute + more) * stage.threads * stage.sides
         for stage, more in zip(stages, around, strict=True)
         if stage.devices[0] == "cpu"
     )

@@ -115,8 +115,8 @@ class Page:
         )
         yield _fact(str(best.batch), "samples in a micro-batch")
         yield _fact(size(self.profile.weight_bytes), "weights")
-        if best.hop_bytes:
-            yield _fact(size(sum(best.hop_bytes)), "per sample over hops")
+        if best.travels:
+            yield _fact(size(best.travels), "per sample over hops")
 
     def _measured_on(self) -> str:
         device = self.profile.devices[0]
@@ -138,7 +138,10 @@ class Page:
         return text
 
     def _key(self) -> str:
-        names = [(s.name, f"s{k % 6}") for k, s in enumerate(self.answer.best.stages)]
+        names = [
+            (f"{s.name}, {s.split.how.short}" if s.split else s.name, f"s{k % 6}")
+            for k, s in enumerate(self.answer.best.stages)
+        ]
         marks = [*names, ("receive and send", "hop"), ("bubble", "bubble")]
         return "".join(f'<i style="background: var(--{c})"></i>{escape(n)}' for n, c in marks)
 
@@ -148,7 +151,8 @@ class Page:
             yield (
                 stage.name,
                 stage.until or "the model's end",
-                f"{', '.join(dict.fromkeys(stage.devices))} x{len(stage.devices)}",
+                f"{', '.join(dict.fromkeys(stage.devices))} x{len(stage.devices)}"
+                + (f", {stage.split.how.short}" if stage.split else ""),
                 duration(stage.compute),
                 duration(stage.receive + stage.send),
                 f"{best.busy()[stage.name]:.0%}",
@@ -237,7 +241,7 @@ def _row(candidate: Candidate) -> list[str]:
         candidate.form,
         ", ".join(s.until for s in candidate.stages if s.until) or "-",
         str(candidate.batch),
-        f"{sum(candidate.hop_bytes):,}" if candidate.hop_bytes else "-",
+        f"{candidate.travels:,}" if candidate.travels else "-",
         f"{candidate.throughput:,.1f}",
         duration(candidate.p50),
         duration(candidate.p99),
