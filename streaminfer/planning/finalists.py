@@ -8,7 +8,7 @@ until one is in time, or none of them could be as fast as what was found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streaminfer.planning.forecast import forecast
@@ -18,8 +18,9 @@ from streaminfer.planning.profile import Profile
 if TYPE_CHECKING:
     from streaminfer.planning.planner import Request
 
-__all__ = ["CLOSE", "choose", "finalists", "in_time", "is_asked"]
+__all__ = ["CLOSE", "Foresee", "choose", "finalists", "in_time", "is_asked"]
 
+Foresee = Callable[[Candidate, Profile, "Request"], Candidate]
 CLOSE = 0.98  # of the best throughput: as good, so that fewer devices and less latency decide
 
 
@@ -31,7 +32,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def finalists(
-    found: Sequence[Candidate], profile: Profile, request: Request
+    found: Sequence[Candidate], profile: Profile, request: Request, foresee: Foresee = forecast
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Simulate the best of each form, or, where it answers too late, those behind it.
 
@@ -49,7 +50,7 @@ def finalists(
         for candidate in (first, *rest):
             if seen and (candidate.throughput < CLOSE * most or not is_asked(first, request)):
                 break
-            seen.append(forecast(candidate, profile, request))
+            seen.append(foresee(candidate, profile, request))
             if in_time(seen[-1], request):
                 most = max(most, seen[-1].throughput if is_asked(first, request) else 0.0)
                 break

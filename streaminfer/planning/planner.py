@@ -11,7 +11,8 @@ import numpy as np
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import Codec, Dtype
 from streaminfer.planning.fans import Splitter
-from streaminfer.planning.finalists import CLOSE, choose, finalists, in_time, is_asked
+from streaminfer.planning.finalists import CLOSE, Foresee, choose, finalists, in_time, is_asked
+from streaminfer.planning.forecast import forecast
 from streaminfer.planning.partitioner import (
     Kind,
     Partition,
@@ -74,8 +75,13 @@ class Answer:
     why: tuple[str, ...]
 
 
-def plan(profile: Profile, request: Request) -> Answer:
+def plan(profile: Profile, request: Request, foresee: Foresee = forecast) -> Answer:
     """Find the best way to run a model.
+
+    Args:
+        profile: of the model.
+        request: what is asked.
+        foresee: says what the finalists will do; by default they are simulated.
 
     Raises:
         ConfigError: no plan fits the memory, the latency or the number of stages asked for.
@@ -87,7 +93,7 @@ def plan(profile: Profile, request: Request) -> Answer:
         raise _too_little(profile, request)
     if not any(is_asked(c, request) for c in found):
         raise _no_such_split(profile, request)
-    shown, tried = finalists(found, profile, request)
+    shown, tried = finalists(found, profile, request, foresee)
     within = [c for c in shown if is_asked(c, request) and in_time(c, request)]
     if not within:
         least = min((c for c in tried if is_asked(c, request)), key=lambda c: c.p99)
