@@ -86,14 +86,14 @@ def plan(profile: Profile, request: Request, foresee: Foresee = forecast) -> Ans
     Raises:
         ConfigError: no plan fits the memory, the latency or the number of stages asked for.
     """
-    found = list(_candidates(profile, request))
-    split = split_plans(found, profile, request, lambda: _settings(profile, request))
-    found += split
-    if not found:
+    shown, tried = finalists(list(_candidates(profile, request)), profile, request, foresee)
+    split = split_plans(tried, profile, request, lambda: _settings(profile, request))
+    more = finalists(split, profile, request, foresee)
+    shown, tried = shown + more[0], tried + more[1]
+    if not tried:
         raise _too_little(profile, request)
-    if not any(is_asked(c, request) for c in found):
+    if not any(is_asked(c, request) for c in tried):
         raise _no_such_split(profile, request)
-    shown, tried = finalists(found, profile, request, foresee)
     within = [c for c in shown if is_asked(c, request) and in_time(c, request)]
     if not within:
         least = min((c for c in tried if is_asked(c, request)), key=lambda c: c.p99)
