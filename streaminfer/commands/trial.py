@@ -26,11 +26,15 @@ from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, 
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
-__all__ = ["Calibration", "Input", "Trial", "calibrate", "device_seconds", "drive"]
+__all__ = ["Calibration", "Input", "Trial", "Unanswered", "calibrate", "device_seconds", "drive"]
 
 CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
+
+
+class Unanswered(StreaminferError):
+    """Nothing came back in the time that was measured: a longer run may be answered."""
 
 
 class Input(NamedTuple):
@@ -173,6 +177,7 @@ async def drive(
     """Run a plan on the memory bus under a scenario's load, and measure what it predicts.
 
     Raises:
+        Unanswered: nothing came while it was measured.
         StreaminferError: no answer came for 30 seconds, or what a worker raised; `strict`: an
             input was answered with something else than a prediction.
     """
@@ -268,7 +273,7 @@ class _Load:
         sent, done = np.array(self._sent), np.array(self._done)
         counts = (done >= scenario.warm) & (done <= scenario.seconds)
         if not counts.any():
-            raise StreaminferError("no sample was answered while it was measured: run it longer")
+            raise Unanswered("no sample was answered while it was measured: run it longer")
         throughput, p50, p99, mean = summary(sent[counts], done[counts], span)
         busy = {
             stage.name: (after.get(stage.name, 0.0) - before.get(stage.name, 0.0))
