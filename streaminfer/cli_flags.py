@@ -65,7 +65,14 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again, whatever wa
 # ---- of `plan` ---------------------------------------------------------------------------------
 
 Stages = Annotated[int | None, typer.Option(min=1, help="Exactly so many stages.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Exactly this micro-batch.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Exactly this micro-batch: it is measured however long it takes."),
+]
+AlsoBatch = Annotated[
+    int | None,
+    typer.Option("--batch", min=1, help="Measure this micro-batch, too, however long it takes."),
+]
 Memory = Annotated[
     str | None, typer.Option(metavar="4GB|cuda:0=16GB,…", help="Memory of each device.")
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from streaminfer.cli_flags import (
+    AlsoBatch,
     Batch,
     Broker,
     Calibrate,
@@ -34,12 +35,13 @@ from streaminfer.cli_flags import (
 __all__ = ["register"]
 
 
-def profile(
+def profile(  # noqa: PLR0913 - a command's flags
     model: Model,
     devices: Devices = "cpu",
     kwargs: Kwargs = "{}",
     example: ExampleText = "",
     random_weights: Random = False,
+    batch: AlsoBatch = None,
     kafka: Broker = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -57,6 +59,7 @@ def profile(
         kwargs,
         example,
         random_weights,
+        batch=batch,
         kafka=kafka,
         fresh=fresh,
     )

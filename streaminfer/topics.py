@@ -11,7 +11,7 @@ from streaminfer.spec import PipelineSpec
 from streaminfer.topology import Topology, build, unequal
 from streaminfer.transport import TopicInfo, TopicSpec
 
-__all__ = ["ANSWER", "Difference", "diff", "topic_specs", "window"]
+__all__ = ["ANSWER", "ROW_OVERHEAD", "Difference", "diff", "inflight", "topic_specs", "window"]
 
 HEADROOM = 64 * 1024  # bytes of a record beside its value: key, headers, framing
 MIB = 1 << 20
@@ -129,7 +129,12 @@ def window(spec: PipelineSpec, plan: Plan, partitions: int) -> int:
             hint="a smaller batch.max, fewer partitions, a cut with less to carry, "
             "edges with dtype float16 or int8, or more memory",
         )
-    return max(batch, min(MOST, spec.memory // (partitions * widest)))
+    return inflight(batch, partitions, spec.memory, widest)
+
+
+def inflight(batch: int, partitions: int, memory: int, row: int) -> int:
+    """Return how many samples of a partition, of `row` bytes at most, the memory has room for."""
+    return max(batch, min(MOST, memory // (partitions * row)))
 
 
 def _widest_row(spec: PipelineSpec, plan: Plan) -> int:

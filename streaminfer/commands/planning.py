@@ -14,9 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from streaminfer.commands.asked import Asked, bound_of, caps_of, edge_of, link_of, share_of
+from streaminfer.commands.engine import Engine, apart, measure_engine
 from streaminfer.commands.messages import files
 from streaminfer.commands.plans import warn
-from streaminfer.commands.road import KAFKA, LOCAL, hop, ingest_seconds
+from streaminfer.commands.records import Input, images
+from streaminfer.commands.road import KAFKA, LOCAL, hop
+from streaminfer.commands.simulate import KAFKA as TRANSIT
+from streaminfer.commands.timing import time_decode
 from streaminfer.commands.tryout import try_out
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import (
@@ -28,11 +32,13 @@ from streaminfer.planning.codecs import (
     best_codec,
     choose_dtypes,
 )
+from streaminfer.planning.finalists import choose
+from streaminfer.planning.forecast import scenario
 from streaminfer.planning.parts import Parts
 from streaminfer.planning.placement import pipeline_file
-from streaminfer.planning.planner import Answer, Edge, Pool, Request, choose, plan
+from streaminfer.planning.planner import Answer, Edge, Pool, Request, plan
 from streaminfer.planning.predict import Candidate, Machine, Measured
-from streaminfer.planning.profile import Profile
+from streaminfer.planning.profile import Link, Profile
 from streaminfer.planning.profiler import (
     BATCHES,
     Captured,
@@ -43,16 +49,18 @@ from streaminfer.planning.profiler import (
     profile,
 )
 from streaminfer.planning.report import Page
+from streaminfer.planning.simulation.scenario import Link as Transit
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.planning.timing import Runner, available_memory, cores
 from streaminfer.runtime.postprocess import batch_of
+from streaminfer.spec import PipelineSpec
 
 __all__ = ["Outcome", "make_plan", "make_profile", "write"]
 
-ANSWER = 1e-4  # seconds of an event loop to receive, order, publish and read back one sample
 CALIBRATION = 64  # seeded rows where no images are given
 TRIED = 4  # candidates
 BATCH = 16  # rows of calibration in one pass
+SHARED = ("memory", "local")  # links of one process: its workers share an event loop
 
 
 @dataclass(frozen=True)
@@ -117,12 +125,12 @@ def _measured(asked: Asked, say: Any) -> tuple[Subject, Captured, Profile, list[
     where = places(asked.devices)
     link = link_of(asked)
     captured = capture_model(known.spec, random_weights=asked.random_weights)
-    sizes = sorted({*BATCHES, asked.batch or 1})
     wide = [_wide(place) for place in where if place.names.count("cpu") > 1]
     found = profile(
         captured,
         [*where, *(w for w in wide if w.threads > 1)],
-        batches=sizes,
+        batches=BATCHES,
+        also=(asked.batch,) if asked.batch else (),
         cached=not asked.fresh,
         say=say,
         warn=warn,
@@ -132,14 +140,42 @@ def _measured(asked: Asked, say: Any) -> tuple[Subject, Captured, Profile, list[
     links.append(asyncio.run(hop(known.spec, asked.kafka)) if asked.kafka else KAFKA)
     if link:
         links.append(link)
-    found = found.model_copy(
-        update={
-            "links": tuple(links),
-            "ingest": ingest_seconds(known.spec),
-            "answer": ANSWER,
-        }
-    )
+    found = found.model_copy(update={"links": tuple(links), "ingest": _ingest(known.spec)})
     return known, captured, found, where
+
+
+def _ingest(spec: PipelineSpec) -> float:
+    """Return the seconds that decoding one input record takes, in one thread."""
+    decoded = images(spec) if spec.input.decode == "image" else ()
+    return time_decode(spec.input, [Input(one) for one in decoded])
+
+
+def _machine(known: Subject, found: Profile, outputs: int, link: Link) -> Machine:
+    """Measure what stands around the model on this machine."""
+    spec = known.spec
+    named = "output" in known.document or spec.path is not None
+    top_k = spec.output.top_k if named else min(5, outputs)
+    values = found.output_bytes // 4
+    engine: Engine = asyncio.run(
+        measure_engine(
+            spec, found.batches(), outputs=outputs or values, top_k=top_k, cores=float(cores())
+        )
+    )
+    host, transit = engine.host, Transit()
+    if link.name in SHARED:
+        host = replace(host, nbyte=link.per_byte / 2)
+    else:
+        host, transit = apart(host), replace(TRANSIT, beta=link.per_byte)
+    return Machine(
+        cores(),
+        spec.batch.wait,
+        host=host,
+        calls=engine.calls,
+        transit=transit,
+        partitions=spec.kafka.partitions,
+        memory=spec.memory,
+        top_k=top_k,
+    )
 
 
 def _wide(place: Place) -> Place:
@@ -159,10 +195,12 @@ def make_plan(asked: Asked, *, quiet: bool = False) -> Outcome:
         known, captured, found, where = _measured(asked, say)
         kafka = bool(known.spec.kafka.bootstrap or asked.kafka)
         name = asked.link or ("kafka" if kafka else "memory")
+        say("the engine around it", 0, 1)
+        outputs = _classes(captured)
         request = Request(
             pools=_pools(found, where, asked.memory),
             link=found.link(name),
-            machine=Machine(cores(), known.spec.batch.wait, one_loop=name == "memory"),
+            machine=_machine(known, found, outputs, found.link(name)),
             stages=asked.stages,
             batch=asked.batch,
             slo_p99=slo,
@@ -176,7 +214,7 @@ def make_plan(asked: Asked, *, quiet: bool = False) -> Outcome:
             request,
             plan(found, request),
             {},
-            outputs=_classes(captured),
+            outputs=outputs,
             random_weights=asked.random_weights,
         )
         outcome = replace(outcome, edges=dict.fromkeys(_cuts(outcome.answer.best), edge))
@@ -277,9 +315,11 @@ def _calibration(captured: Captured, folder: str | None) -> list[list[torch.Tens
 def _tried(outcome: Outcome, say: Any) -> Outcome:
     """Run the best few and rank them by what was measured."""
     candidates = list(outcome.candidates)[:TRIED]
+    here = outcome.request  # its loads are tried on the memory bus, whatever the link
     results = try_out(
         outcome.subject,
         candidates,
+        [scenario(one, outcome.profile, here) for one in candidates],
         outcome.edges,
         outputs=outcome.outputs,
         random_weights=outcome.random_weights,

@@ -1,4 +1,4 @@
-"""What the road costs on this machine: a hop on each bus, and decoding one input."""
+"""What the road costs on this machine: a hop on each bus; and inputs to try."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from streaminfer.client import connect
-from streaminfer.commands.records import images
 from streaminfer.metrics import Metrics
 from streaminfer.planning.profile import Link
-from streaminfer.planning.timing import threads_set
 from streaminfer.runtime.outbox import Outbox
-from streaminfer.runtime.postprocess import batch_of
 from streaminfer.runtime.receive import Envelopes
 from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Worker
@@ -25,7 +22,7 @@ from streaminfer.transport import TopicSpec, Transport
 from streaminfer.transport.memory import MemoryTransport
 from streaminfer.wire import Envelope, Sample, Tensor
 
-__all__ = ["KAFKA", "LOCAL", "hop", "ingest_seconds"]
+__all__ = ["KAFKA", "LOCAL", "hop"]
 
 LOCAL = Link(name="local", alpha=0.0, per_byte=0.0, source="the same process")
 # Measured once, one broker on the same machine, tuned malloc, records of 800 kB: 376 MB/s out and
@@ -122,16 +119,3 @@ def _envelope(k: int, values: int) -> Envelope:
         incarnation="probe",
         tensors={"x": Tensor("F32", (1, values), data)},
     )
-
-
-def ingest_seconds(spec: PipelineSpec) -> float:
-    """Return the seconds that decoding one input record takes, in one thread."""
-    if spec.input.decode == "tensor":
-        return 0.0
-    records, seconds = images(spec, DECODED), []
-    with threads_set(1):
-        for _ in range(3):
-            began = time.thread_time()
-            batch_of(records, spec.input)
-            seconds.append((time.thread_time() - began) / len(records))
-    return min(seconds)

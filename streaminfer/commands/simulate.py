@@ -97,6 +97,7 @@ async def predict(
     Raises:
         ConfigError: an unknown stage, device, pattern or key; a rate of 0; a price that is none.
     """
+    from streaminfer.commands.engine import apart
     from streaminfer.commands.records import inputs_of
     from streaminfer.commands.timing import time_decode, time_stages
     from streaminfer.commands.trial import calibrate, drive
@@ -115,10 +116,10 @@ async def predict(
             warn(f"{name}: its times spread by {one.spread:.0%}: is the machine busy?")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = await calibrate(spec, plan, where, inputs, float(cores or 1))
-    host = replace(found.host, decode=time_decode(plan, inputs))
+    host = replace(found.host, decode=time_decode(plan.input, inputs))
     times = {name: replace(one, leaves=found.leaves.get(name, 0.0)) for name, one in times.items()}
     if _bus(spec, ask) == "kafka":
-        host = replace(host, cores=None, client=0.0, timer=0.0)
+        host = apart(host)
     before = replace(
         scenario_of(spec, plan, times, host, ask, profile),
         bytes_in=_mean(len(one.value) for one in inputs),

@@ -27,7 +27,7 @@ from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.rows import select
 from streaminfer.runtime.steps import Item
-from streaminfer.spec import BatchSpec, PipelineSpec
+from streaminfer.spec import BatchSpec, InputSpec, PipelineSpec
 from streaminfer.topology import build
 from streaminfer.wire import Envelope, Sample, Tensor, compress
 
@@ -40,14 +40,14 @@ GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
 
 
-def time_decode(plan: Plan, inputs: Sequence[Input]) -> float:
+def time_decode(source: InputSpec, inputs: Sequence[Input]) -> float:
     """Return the seconds that ingest's pool takes for one image; 0 for tensors."""
-    if plan.input.decode != "image":
+    if source.decode != "image":
         return 0.0
     took = []
     for one in inputs:
         began = time.thread_time()
-        decode_image(one.value, None, plan.input)
+        decode_image(one.value, None, source)
         took.append(time.thread_time() - began)
     return statistics.median(took)
 

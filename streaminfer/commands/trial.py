@@ -27,11 +27,15 @@ from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, 
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
-__all__ = ["Calibration", "Trial", "calibrate", "device_seconds", "drive"]
+__all__ = ["Calibration", "Trial", "Unanswered", "calibrate", "device_seconds", "drive"]
 
 CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
+
+
+class Unanswered(StreaminferError):
+    """Nothing came back in the time that was measured: a longer run may be answered."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,13 @@ def device_seconds(metrics: Metrics) -> dict[str, float]:
 
 
 async def calibrate(
-    spec: PipelineSpec, plan: Plan, folder: Path, inputs: Sequence[Input], cores: float
+    spec: PipelineSpec,
+    plan: Plan,
+    folder: Path,
+    inputs: Sequence[Input],
+    cores: float,
+    *,
+    seconds: float = CALIBRATE,
 ) -> Calibration:
     """Measure what the engine's own event loop costs here, by its thread's CPU time.
 
@@ -85,16 +95,16 @@ async def calibrate(
     exits = sum(stage.exit is not None for stage in plan.stages)
     rows, costs = [], []
     leaves: dict[str, float] = {}
-    for window in (2, 4 * most * spec.kafka.partitions):
+    for window in (spec.kafka.partitions, 4 * most * spec.kafka.partitions):
         async with LocalPipeline(spec, plan, folder) as pipeline:
             load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
-            load = replace(load, seconds=CALIBRATE, warm=CALIBRATE / 4)
+            load = replace(load, seconds=seconds, warm=seconds / 4)
             before = _counts(pipeline.metrics)
             trial = await _Load(pipeline, load, inputs).run()
             after = _counts(pipeline.metrics)
         samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
         # of a micro-batch of several rows some leave at an exit and some go on
-        each = envelopes / max(1.0, samples) / (1 + exits * (window > 2))
+        each = envelopes / max(1.0, samples) / (1 + exits * (window > spec.kafka.partitions))
         leaves = _leaves(pipeline.metrics)
         cost = trial.host / trial.throughput
         rows.append(
@@ -150,15 +160,23 @@ def _counts(metrics: Metrics) -> tuple[float, float]:
 
 
 async def drive(
-    spec: PipelineSpec, plan: Plan, folder: Path, scenario: Scenario, inputs: Sequence[Input]
+    spec: PipelineSpec,
+    plan: Plan,
+    folder: Path,
+    scenario: Scenario,
+    inputs: Sequence[Input],
+    *,
+    strict: bool = False,
 ) -> Trial:
     """Run a plan on the memory bus under a scenario's load, and measure what it predicts.
 
     Raises:
-        StreaminferError: no answer came for 30 seconds, or what a worker raised.
+        Unanswered: nothing came while it was measured.
+        StreaminferError: no answer came for 30 seconds, or what a worker raised; `strict`: an
+            input was answered with something else than a prediction.
     """
     async with LocalPipeline(spec, plan, folder) as pipeline:
-        load = _Load(pipeline, scenario, inputs)
+        load = _Load(pipeline, scenario, inputs, strict=strict)
         return await load.run()
 
 
@@ -195,9 +213,15 @@ class _Load:
     """Sends by a schedule, or as many as were answered, and notes when each answer came."""
 
     def __init__(
-        self, pipeline: LocalPipeline, scenario: Scenario, inputs: Sequence[Input]
+        self,
+        pipeline: LocalPipeline,
+        scenario: Scenario,
+        inputs: Sequence[Input],
+        *,
+        strict: bool = False,
     ) -> None:
         self._pipeline, self._scenario, self._inputs = pipeline, scenario, inputs
+        self._strict = strict
         self._topic = pipeline.spec.input.topic
         # by partition, in order: the sink answers each partition's samples in theirs
         self._waiting: list[deque[float]] = [deque() for _ in range(scenario.partitions)]
@@ -243,7 +267,7 @@ class _Load:
         sent, done = np.array(self._sent), np.array(self._done)
         counts = (done >= scenario.warm) & (done <= scenario.seconds)
         if not counts.any():
-            raise StreaminferError("no sample was answered while it was measured: run it longer")
+            raise Unanswered("no sample was answered while it was measured: run it longer")
         throughput, p50, p99, mean = summary(sent[counts], done[counts], span)
         busy = {
             stage.name: (after.get(stage.name, 0.0) - before.get(stage.name, 0.0))
@@ -295,6 +319,9 @@ class _Load:
             records = await consumer.poll(0.5)
             now = _now()
             for record in records:
+                if self._strict and dict(record.headers).get("si-status") != b"ok":
+                    said = bytes(record.value or b"").decode("utf-8", "replace")
+                    raise StreaminferError(f"a trial's input was answered with {said}")
                 self._sent.append(self._waiting[record.partition].popleft())
                 self._done.append(now - began)
             if records:

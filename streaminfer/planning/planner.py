@@ -11,6 +11,8 @@ import numpy as np
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import Codec, Dtype
 from streaminfer.planning.fans import Splitter
+from streaminfer.planning.finalists import CLOSE, Foresee, choose, finalists, in_time, is_asked
+from streaminfer.planning.forecast import forecast
 from streaminfer.planning.partitioner import (
     Kind,
     Partition,
@@ -26,7 +28,6 @@ from streaminfer.planning.splits import Setting, reasons, refusal, remedy, split
 
 __all__ = ["Answer", "Edge", "Pool", "Request", "plan"]
 
-CLOSE = 0.98  # of the best throughput: as good, so that fewer devices and less latency decide
 MANY = 100  # states of devices used, from which on only the best number of stages is looked at
 MOST_STAGES = 4  # beyond the best, each number of stages up to this is looked at
 NAMES = {1: ("all",), 2: ("stem", "head"), 3: ("stem", "trunk", "head")}
@@ -74,23 +75,28 @@ class Answer:
     why: tuple[str, ...]
 
 
-def plan(profile: Profile, request: Request) -> Answer:
+def plan(profile: Profile, request: Request, foresee: Foresee = forecast) -> Answer:
     """Find the best way to run a model.
+
+    Args:
+        profile: of the model.
+        request: what is asked.
+        foresee: says what the finalists will do; by default they are simulated.
 
     Raises:
         ConfigError: no plan fits the memory, the latency or the number of stages asked for.
     """
-    found = list(_candidates(profile, request))
-    split = split_plans(found, profile, request, lambda: _settings(profile, request))
-    found += split
-    if not found:
+    shown, tried = finalists(list(_candidates(profile, request)), profile, request, foresee)
+    split = split_plans(tried, profile, request, lambda: _settings(profile, request))
+    more = finalists(split, profile, request, foresee)
+    shown, tried = shown + more[0], tried + more[1]
+    if not tried:
         raise _too_little(profile, request)
-    asked = [c for c in found if request.stages in (None, len(c.stages))]
-    if not asked:
+    if not any(is_asked(c, request) for c in tried):
         raise _no_such_split(profile, request)
-    within = [c for c in asked if request.slo_p99 is None or c.p99 <= request.slo_p99]
+    within = [c for c in shown if is_asked(c, request) and in_time(c, request)]
     if not within:
-        least = min(asked, key=lambda c: c.p99)
+        least = min((c for c in tried if is_asked(c, request)), key=lambda c: c.p99)
         raise ConfigError(
             f"no plan answers within {_ms(request.slo_p99 or 0)} at p99; the least predicted is "
             f"{_ms(least.p99)}: {least.form}, batch {least.batch}",
@@ -98,7 +104,7 @@ def plan(profile: Profile, request: Request) -> Answer:
             hint="a longer bound, a faster device, or a smaller model",
         )
     best = choose(within)
-    others = tuple(c for c in _one_of_each_form(found, request) if c is not best)
+    others = tuple(sorted((c for c in shown if c is not best), key=lambda c: -c.throughput))
     return Answer(best, others, tuple(_why(best, others, profile, request)))
 
 
@@ -118,13 +124,6 @@ def _settings(profile: Profile, request: Request) -> list[Setting]:
         return Setting(batch, problem, crossing, place)
 
     return [setting(batch) for batch in profile.batches() if request.batch in (None, batch)]
-
-
-def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """Take the highest throughput; of those close to it, the fewest devices, the least latency."""
-    most = max(c.throughput for c in candidates)
-    close = [c for c in candidates if c.throughput >= CLOSE * most]
-    return min(close, key=lambda c: (sum(len(s.devices) for s in c.stages), c.p99))
 
 
 def _candidates(profile: Profile, request: Request) -> Iterator[Candidate]:
@@ -184,7 +183,8 @@ def _problem(profile: Profile, request: Request, pools: Sequence[Pool], batch: i
         timing = pool.profile.timing(batch)
         if timing is None:
             raise ConfigError(f"{pool.profile.device} was not profiled at batch {batch}")
-        kinds.append(Kind(len(pool.names), np.array(timing.seconds), pool.memory))
+        fixed = request.machine.calls.seconds(batch)
+        kinds.append(Kind(len(pool.names), np.array(timing.seconds), pool.memory, fixed))
     rows = np.array(
         [profile.input_bytes, *(c.row_bytes for c in profile.cuts), profile.output_bytes]
     )
@@ -278,15 +278,6 @@ def _speeds(problem: Problem, share: Share, first: int, last: int) -> tuple[floa
         for _ in range(n)
     ]
     return tuple(round(max(seconds) / each, 2) for each in seconds)
-
-
-def _one_of_each_form(found: Sequence[Candidate], request: Request) -> list[Candidate]:
-    """Keep the best of each form, fastest first."""
-    forms: dict[str, list[Candidate]] = {}
-    for candidate in found:
-        forms.setdefault(candidate.form, []).append(candidate)
-    best = [choose(same) for same in forms.values()]
-    return sorted(best, key=lambda c: -c.throughput)
 
 
 def _why(

@@ -1,27 +1,35 @@
-"""A placed cut → what to expect of it: throughput, latency, bytes and memory, and what limits it.
+"""A placed cut → roughly what to expect of it: throughput, latency, memory, what limits it.
 
 CPU time   ████ stage 0   ██████ stage 1   █ hops   █ decode, answer
 cores      2
-period     the slowest of: each stage on its devices; all the CPU time ÷ the cores
+period     the slowest of: each stage on its devices; all the CPU time ÷ the cores; the event loop
+
+It is quick and ranks what the search finds; `forecast.py` simulates the few that are shown.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from streaminfer.planning.profile import Link, Profile
+from streaminfer.planning.simulation.scenario import Host
+from streaminfer.planning.simulation.scenario import Link as Transit
 
 __all__ = [
     "BUFFERS",
     "LOAD",
+    "Calls",
     "Candidate",
     "How",
     "Machine",
     "Measured",
     "PlacedStage",
     "Split",
+    "periods",
     "predict",
 ]
 
@@ -30,12 +38,53 @@ BUFFERS = 2  # micro-batches held at a stage's door while it computes
 
 
 @dataclass(frozen=True)
+class Calls:
+    """Seconds of a device's thread around a stage's layers, by batch: bytes to tensors and back.
+
+    `each`: of a stage between others. `first` and `last`: of those at the pipeline's ends, where
+    pixels are normalised and classes ranked.
+    """
+
+    each: Mapping[int, float] = field(default_factory=dict)
+    first: Mapping[int, float] = field(default_factory=dict)
+    last: Mapping[int, float] = field(default_factory=dict)
+
+    def seconds(self, batch: int, begins: bool = False, ends: bool = False) -> float:
+        """Return the seconds of a call; linear between the sizes that are known."""
+        each = _at(self.each, batch)
+        more = [_at(self.first, batch) - each] * begins + [_at(self.last, batch) - each] * ends
+        return each + sum(max(0.0, one) for one in more)
+
+
+def _at(seconds: Mapping[int, float], batch: int) -> float:
+    sizes = sorted(seconds)
+    return float(np.interp(batch, sizes, [seconds[n] for n in sizes])) if sizes else 0.0
+
+
+@dataclass(frozen=True)
 class Machine:
-    """What all stages on this machine share."""
+    """What all stages on this machine share, and what stands around them.
+
+    Attributes:
+        cores: of the CPU.
+        wait: seconds that a part of a micro-batch waits for the rest.
+        host: what the engine costs; with `host.cores` all workers are one process, as on the
+            memory bus, and their hops take turns on its event loop.
+        calls: what a device's thread does beside a stage's layers.
+        transit: what a message takes between two workers.
+        partitions: of the topics.
+        memory: bytes of samples in flight.
+        top_k: classes in an answer; 0: the outputs as they are.
+    """
 
     cores: int
-    wait: float = 0.004  # seconds that a part of a micro-batch waits for the rest
-    one_loop: bool = False  # all workers in one process: their hops take turns on its event loop
+    wait: float = 0.004
+    host: Host = field(default_factory=Host)
+    calls: Calls = field(default_factory=Calls)
+    transit: Transit = field(default_factory=Transit)
+    partitions: int = 8
+    memory: int = 512_000_000
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +169,7 @@ class Candidate:
     p50: float  # seconds, at LOAD of the throughput
     p99: float
     limit: str  # what the period comes from: a stage's name, "cores" or "event loop"
+    occupied: Mapping[str, float] = field(default_factory=dict)  # 0-1 of each stage, as simulated
 
     @property
     def form(self) -> str:
@@ -165,7 +215,8 @@ class Candidate:
 
     def busy(self) -> dict[str, float]:
         """Return the share of time that each stage computes at full throughput."""
-        return {s.name: min(1.0, s.compute / s.replicas / self.period) for s in self.stages}
+        bound = {s.name: min(1.0, s.compute / s.replicas / self.period) for s in self.stages}
+        return {**bound, **self.occupied}
 
 
 @dataclass(frozen=True)
@@ -181,32 +232,25 @@ class Measured:
 def predict(
     stages: Sequence[PlacedStage], batch: int, profile: Profile, link: Link, machine: Machine
 ) -> Candidate:
-    """Predict throughput and latency of placed stages."""
-    cpu = sum(s.compute * s.threads * s.sides for s in stages if s.devices[0] == "cpu")
-    edges = link.seconds(batch * profile.output_bytes)
-    edges += sum((s.receive + s.send) * s.sides + s.doors for s in stages)
-    cpu += batch * (profile.ingest + profile.answer) + edges
-    slowest = max(stages, key=lambda stage: stage.period)
-    bounds = {slowest.name: slowest.period, "cores": cpu / machine.cores}
-    if machine.one_loop:
-        bounds["event loop"] = edges + batch * profile.answer
+    """Say what placed stages can do at most, what limits them, and about how late they answer."""
+    bounds = periods(stages, batch, profile, link, machine)
     limit = max(bounds, key=lambda name: bounds[name])
-    period = bounds[limit]
-    p50, p99 = _latency(stages, batch, period, profile, machine)
+    period = max(bounds[limit], 1e-12)
+    p50, p99 = _latency(stages, batch, period, machine)
     return Candidate(tuple(stages), batch, batch / period, p50, p99, limit)
 
 
 def _latency(
-    stages: Sequence[PlacedStage], batch: int, period: float, profile: Profile, machine: Machine
+    stages: Sequence[PlacedStage], batch: int, period: float, machine: Machine
 ) -> tuple[float, float]:
-    """Return p50 and p99 at LOAD: forming, then in each stage a queue of fixed service (M/D/1).
+    """Return about p50 and p99 at LOAD: forming, then in each stage a queue of fixed service.
 
-    With r the load of a device and S its service, a wait is r S / 2 (1 - r) in the mean and its
-    tail falls as exp(-2 (1 - r) t / r S). The stages' waits are taken as independent.
+    M/D/1: with r the load of a device and S its service, a wait is r S / 2 (1 - r) in the mean and
+    its tail falls as exp(-2 (1 - r) t / r S). The stages' waits are taken as independent.
     """
     interval = period / LOAD  # between micro-batches, on average
     forming = min(machine.wait, interval * (batch - 1) / batch)
-    mean, squares = forming + batch * profile.ingest + profile.answer, 0.0
+    mean, squares = forming + batch * machine.host.decode, 0.0
     for stage in stages:
         turn = stage.service / stage.replicas
         rho = min(0.99, max(turn, 1e-9) / interval)
@@ -215,3 +259,28 @@ def _latency(
         mean += stage.service + stage.doors + wait
         squares += max(0.0, tail - wait) ** 2
     return mean, mean + math.sqrt(squares)
+
+
+def periods(
+    stages: Sequence[PlacedStage], batch: int, profile: Profile, link: Link, machine: Machine
+) -> dict[str, float]:
+    """Return the seconds between two micro-batches that each thing allows, by its name."""
+    host, shared = machine.host, machine.host.cores is not None
+    count, rows = len(stages), sum(stage.row_bytes for stage in stages)
+    cells = count + sum(s.sides + 1 for s in stages if s.split)  # with what scatters and gathers
+    hops = sum(s.sides + bool(s.split) for s in stages)
+    loop = host.loop_seconds(batch, 1, cells, hops) + 2 * batch * rows * host.nbyte
+    work = loop
+    if not shared:
+        work = sum((s.receive + s.send) * s.sides + s.doors for s in stages)
+        work += link.seconds(batch * profile.output_bytes)
+    around = [machine.calls.seconds(batch, not k, k + 1 == count) for k in range(count)]
+    cpu = sum(
+        (stage.compute + more) * stage.threads * stage.sides
+        for stage, more in zip(stages, around, strict=True)
+        if stage.devices[0] == "cpu"
+    )
+    slowest = max(stages, key=lambda stage: stage.period)
+    found = {slowest.name: slowest.period, "cores": (cpu + work + batch * host.decode)}
+    found["cores"] /= machine.cores
+    return {**found, "event loop": loop} if shared else found

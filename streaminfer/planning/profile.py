@@ -115,7 +115,6 @@ class Profile(_Frozen):
     encodings: tuple[Encoding, ...] = ()
     links: tuple[Link, ...] = ()
     ingest: float = 0.0  # seconds to decode one input record
-    answer: float = 0.0  # seconds to publish one prediction
 
     @property
     def weight_bytes(self) -> int:

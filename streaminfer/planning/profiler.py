@@ -146,6 +146,7 @@ def profile(
     where: Sequence[Place],
     *,
     batches: Sequence[int] = BATCHES,
+    also: Sequence[int] = (),
     cached: bool = True,
     say: Say = lambda what, done, total: None,
     warn: Callable[[str], None] = lambda text: None,
@@ -156,16 +157,23 @@ def profile(
         captured: the model.
         where: the devices; each kind is measured once.
         batches: sizes of micro-batches; larger ones are left out where memory or time ends.
+        also: sizes that are measured whatever time they take.
         cached: read and write `.streaminfer/profiles`.
         say: told of progress.
         warn: told that the machine was busy; such a profile is not kept.
+
+    Raises:
+        ConfigError: a size of `also` does not fit in a device's memory.
     """
     profiles: list[Profile] = []
     for place in where:
         file = FOLDER / f"{_key(captured, place, batches)}.json"
-        known = Profile.load(file) if cached else None
+        kept = known = Profile.load(file) if cached else None
         if known is None:
             known = _fresh(captured, place, batches, say)
+        if missing := [n for n in sorted(set(also)) if known.devices[0].timing(n) is None]:
+            known = _with_batches(known, captured, place, missing, say)
+        if known is not kept:
             if noise := _noise(known.devices[0].timings):
                 warn(
                     f"the machine was busy while {place.names[0]} was profiled: repeats of the "
@@ -205,16 +213,13 @@ def _fresh(captured: Captured, place: Place, batches: Sequence[int], say: Say) -
     timings: list[Timing] = []
     memory = available_memory(place.device)
     with threads_set(place.threads):
-        runner = Runner(graph, place.device)
-        (stage,) = cutter.split([])
-        whole = load(dump(stage), stage.weights, place.device)
+        runner, whole = _runner(captured, place)
         for k, batch in enumerate(batches):
             say(f"{place.names[0]} batch {batch}", k, len(batches))
             if timings and (batch * peak > SHARE * memory or _too_long(timings[-1], batch)):
                 break
-            inputs = [tensor.to(place.device) for tensor in example_tensors(captured, batch)]
             try:
-                timings.append(measure(runner, whole, inputs))
+                timings.append(measure(runner, whole, _inputs(captured, place, batch)))
             except torch.OutOfMemoryError:
                 break
         say("encodings", len(batches), len(batches))
@@ -238,6 +243,45 @@ def _fresh(captured: Captured, place: Place, batches: Sequence[int], say: Say) -
         devices=(device,),
         encodings=encoded,
     )
+
+
+def _with_batches(
+    known: Profile, captured: Captured, place: Place, batches: Sequence[int], say: Say
+) -> Profile:
+    """Measure more batch sizes, however long they take."""
+    (device,) = known.devices
+    peak = max(node.peak_bytes for node in known.nodes)
+    timings = list(device.timings)
+    with threads_set(place.threads):
+        runner, whole = _runner(captured, place)
+        for k, batch in enumerate(batches):
+            say(f"{place.names[0]} batch {batch}", k, len(batches))
+            free = available_memory(place.device)
+            try:
+                if batch * peak > free:
+                    raise torch.OutOfMemoryError
+                timings.append(measure(runner, whole, _inputs(captured, place, batch)))
+            except torch.OutOfMemoryError:
+                raise ConfigError(
+                    f"batch {batch} does not fit on {place.names[0]}: its activations alone are "
+                    f"{batch * peak / 1e9:.2f} GB, and {free / 1e9:.2f} GB are there",
+                    where="--batch",
+                    hint="a smaller one",
+                ) from None
+    timings.sort(key=lambda timing: timing.batch)
+    measured = device.model_copy(update={"timings": tuple(timings)})
+    return known.model_copy(update={"devices": (measured,)})
+
+
+def _runner(captured: Captured, place: Place) -> tuple[Runner, Callable[..., object]]:
+    """Return the model on a device: as calls that can be timed one by one, and whole."""
+    (stage,) = captured.cutter.split([])
+    whole = load(dump(stage), stage.weights, place.device)
+    return Runner(captured.graph, place.device), whole
+
+
+def _inputs(captured: Captured, place: Place, batch: int) -> list[torch.Tensor]:
+    return [tensor.to(place.device) for tensor in example_tensors(captured, batch)]
 
 
 def _too_long(last: Timing, batch: int) -> bool:

@@ -162,7 +162,7 @@ async def _measured(case: Case, cores: float) -> Pair:
         inputs = inputs_of(spec, plan)
         with _swept():
             found = await calibrate(spec, plan, folder, inputs, cores)
-            host = replace(found.host, decode=time_decode(plan, inputs))
+            host = replace(found.host, decode=time_decode(plan.input, inputs))
             before = await time_stages(spec, plan, folder)
             ask = _asked(case, scenario_of(spec, plan, before, host, Ask(seconds=4.0)))
             load = scenario_of(spec, plan, before, host, ask)

@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
     monkeypatch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
     monkeypatch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
+    monkeypatch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
     Path("model.py").write_text(MODEL)
     return tmp_path
 
@@ -180,6 +181,27 @@ def test_the_report_is_whole_in_itself(folder: Path) -> None:
     for figure in figures:
         ET.fromstring("<svg" + figure)  # noqa: S314 - our own
     assert "stem ✂ head" in figures[0]
+
+
+def test_a_batch_that_is_asked_for_is_measured_however_long_it_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler, "LONGEST", 0.0)  # every larger batch would be left out
+    answer = planned(*MODEL_FLAGS[:3], "--devices", "cpu,cpu", "--batch", "2")
+    assert answer["best"]["batch"] == 2
+    alone = streaminfer("profile", *MODEL_FLAGS[:3], "--batch", "4", "--json", "--fresh")
+    timings = json.loads(alone.stdout)["devices"][0]["timings"]
+    assert [timing["batch"] for timing in timings] == [1, 4]
+
+
+def test_a_batch_that_no_memory_holds_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(*MODEL_FLAGS[:3])  # what was profiled with more memory is kept
+    monkeypatch.setattr(profiler, "available_memory", lambda device: 100_000)
+    with pytest.raises(ConfigError, match="batch 64 does not fit on cpu") as error:
+        streaminfer("plan", *MODEL_FLAGS[:3], "--batch", "64")
+    assert error.value.where == "--batch"
 
 
 def test_tables_fit_a_terminal(folder: Path) -> None:

@@ -63,6 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
     monkeypatch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
     monkeypatch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
+    monkeypatch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
     (tmp_path / "model.py").write_text(MODEL)
     return tmp_path
 

@@ -70,6 +70,24 @@ def test_it_is_measured_once(captured: Captured, monkeypatch: pytest.MonkeyPatch
     assert said
 
 
+def test_a_batch_that_is_missing_is_added_to_what_was_kept(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `plan --batch 8` cannot be asked of a model that is slow, or all is measured again."""
+    monkeypatch.setattr(profiler, "BUSY", float("inf"))
+    monkeypatch.setattr(profiler, "LONGEST", 0.0)
+    first = profile(captured, [CPU], batches=(1, 2, 4))
+    assert first.batches() == (1,)
+    said: list[str] = []
+    more = profile(captured, [CPU], batches=(1, 2, 4), also=(4,), say=lambda w, *_: said.append(w))
+    assert said == ["cpu batch 4"]
+    assert more.batches() == (1, 4)
+    assert more.devices[0].timing(1) == first.devices[0].timing(1)
+    said.clear()
+    again = profile(captured, [CPU], batches=(1, 2, 4), also=(4,), say=lambda w, *_: said.append(w))
+    assert (again, said) == (more, [])
+
+
 def test_another_model_is_measured_anew(captured: Captured) -> None:
     same = capture_model(captured.spec)
     assert same.key == captured.key

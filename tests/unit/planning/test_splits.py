@@ -56,13 +56,18 @@ class Evenly:
         )
 
 
+def as_estimated(candidate: Candidate, *_: object) -> Candidate:
+    """The search alone: its own figures, not simulated ones."""
+    return candidate
+
+
 def planned(
     profile: Profile, devices: int, legal: Collection[tuple[int, int]], **options: object
 ) -> tuple[Answer, Evenly]:
     known = {k: options.pop(k) for k in ("dear", "gather_weights") if k in options}
     splitter = Evenly(profile, legal, **known)  # type: ignore[arg-type]
     asked = request(profile, ("cpu",) * devices, **options)
-    return plan(profile, replace(asked, splitter=splitter)), splitter
+    return plan(profile, replace(asked, splitter=splitter), as_estimated), splitter
 
 
 def splits(candidate: Candidate) -> list[PlacedStage]:
@@ -218,7 +223,7 @@ def test_the_number_of_stages_is_kept() -> None:
 def test_unlike_devices_share_at_the_pace_of_the_slower() -> None:
     whole = made([10], weights=[20], devices=(("cuda:0", 4.0), ("cuda:1", 1.0)))
     mixed = request(whole, ("cuda:0",), ("cuda:3",), memory=12e6)
-    both = plan(whole, replace(mixed, splitter=Evenly(whole, [(0, 0)]))).best
+    both = plan(whole, replace(mixed, splitter=Evenly(whole, [(0, 0)])), as_estimated).best
     assert both.stages[0].devices == ("cuda:0", "cuda:3")
     assert both.stages[0].compute == pytest.approx(0.0055)
 
