@@ -32,7 +32,7 @@ fix: $(STAMP)  ## format, and mend what the linter can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(STAMP)  ## measure, into a table and build/bench.json; ONLY=name runs one
+bench: $(STAMP)  ## measure, into a table and build/bench.json; ONLY='name …' runs some
 	@$(PY) -m tests.benchmarks $(ONLY)
 
 clean:  ## remove what was built, but for the environment

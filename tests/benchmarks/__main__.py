@@ -1,6 +1,6 @@
 """Run the measures, print the table, keep the rows in build/bench.json.
 
-`python -m tests.benchmarks [NAME]`; exit code 1 if a goal does not hold.
+`python -m tests.benchmarks [NAME…]`; exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
 NAMES = [name for _, goals in MEASURES for name in goals]
 
 
-async def run(only: str | None) -> list[Row]:
-    """Run all measures, or one."""
+async def run(only: Sequence[str]) -> list[Row]:
+    """Run these measures; all if none is named."""
     rows: list[Row] = []
     for measure, goals in MEASURES:
-        wanted = {name: goal for name, goal in goals.items() if only in (None, name)}
+        wanted = {name: goal for name, goal in goals.items() if not only or name in only}
         if not wanted:
             continue
         print(f"{' '.join(wanted)}", flush=True)
@@ -97,11 +97,11 @@ def _value(value: float | None) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Measure; 0 if every goal holds, 1 if not, 2 if there is no such measure."""
     console = Console()
-    only = arguments[0] if arguments else None
-    if only is not None and only not in NAMES:
-        console.print(f"no measure {only!r}; there are: {', '.join(NAMES)}")
-        return 2
-    rows = asyncio.run(run(only))
+    for name in arguments:
+        if name not in NAMES:
+            console.print(f"no measure {name!r}; there are: {', '.join(NAMES)}")
+            return 2
+    rows = asyncio.run(run(arguments))
     update(FILE, rows, NAMES)
     show(rows, console)
     console.print(f"all rows: {FILE.relative_to(ROOT)}")
