@@ -15,8 +15,9 @@ ODD = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-45, 3e38, -3e38]
 
 
 def _bits(x: object) -> torch.Tensor:
+    """Return the numbers as they lie in memory; a NaN's sign doesn't count."""
     assert isinstance(x, torch.Tensor)
-    return x.contiguous().view(torch.int32)
+    return x.masked_fill(x.isnan(), float("nan")).contiguous().view(torch.int32)
 
 
 @st.composite
