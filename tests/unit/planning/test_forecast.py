@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from streaminfer.commands.engine import apart, measure_engine
 from streaminfer.commands.records import Input, inputs_of
@@ -28,17 +26,10 @@ from streaminfer.spec.file import load
 from tests import virtual
 from tests.unit.planning.profiles import made, request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = Path(__file__).resolve().parents[3] / "stages"
 TWO = ("cpu", "cpu")
 HOST = Host.reference(2.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,17 @@ import json
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from streaminfer.cli import app
 from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
 from streaminfer.planning.verify import verify
 from streaminfer.spec.file import load
+from tests.unit.planning.planned import planned, streaminfer, work_in
 
 MODEL = """
 from torch import nn
@@ -34,27 +32,7 @@ MODEL_FLAGS = ("model.py:build", "--example", "3x16x16", "--batch", "2")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder with a model; measure little, and keep it however busy the machine is."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiler, "BUSY", float("inf"))
-    monkeypatch.setattr("streaminfer.commands.planning.BATCHES", (1, 2))
-    monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
-    monkeypatch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
-    monkeypatch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
-    monkeypatch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
-    Path("model.py").write_text(MODEL)
-    return tmp_path
-
-
-def streaminfer(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def planned(*arguments: str) -> dict[str, Any]:
-    found = streaminfer("plan", *arguments, "--json")
-    assert found.exit_code == 0, found.output
-    answer: dict[str, Any] = json.loads(found.stdout)
-    return answer
+    return work_in(tmp_path, MODEL, monkeypatch)
 
 
 def test_the_file_builds_and_verifies_as_it_is(folder: Path) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 import yaml
 
-from streaminfer import LocalPipeline
 from streaminfer.commands.asked import Asked
 from streaminfer.commands.planning import make_plan, write
-from streaminfer.commands.records import inputs_of
 from streaminfer.errors import ConfigError
-from streaminfer.planning import profiler
 from streaminfer.planning.build import build
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import plan
 from streaminfer.planning.subject import subject
-from streaminfer.planning.verify import verify
 from streaminfer.spec.file import load
 from streaminfer.topology import build as lay_out
+from tests.unit.planning.planned import answered, work_in
 from tests.unit.planning.profiles import made, request
 
 MODEL = """
@@ -40,31 +36,7 @@ class Two(nn.Module):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiler, "BUSY", float("inf"))
-    monkeypatch.setattr("streaminfer.commands.planning.BATCHES", (1, 2))
-    monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
-    monkeypatch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
-    monkeypatch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
-    monkeypatch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
-    (tmp_path / "model.py").write_text(MODEL)
-    return tmp_path
-
-
-def answered(file: Path) -> int:
-    """Run a file as it is, and return how many of 8 inputs were answered well."""
-    return asyncio.run(_answered(file))
-
-
-async def _answered(file: Path) -> int:
-    spec = load(file, environ={})
-    built = build(spec, file.parent / "plan")
-    assert verify(spec, file.parent / "plan").holds
-    records = inputs_of(spec, built, 8)
-    pipeline = LocalPipeline(spec, built, file.parent / "plan")
-    async with pipeline, pipeline.client() as client:
-        answers = [await client.predict(value, headers=headers) for value, headers in records]
-    return sum(answer.status == "ok" for answer in answers)
+    return work_in(tmp_path, MODEL, monkeypatch)
 
 
 @pytest.mark.parametrize(("stages", "codec"), [(1, None), (2, "auto"), (2, "int8")])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from itertools import pairwise
@@ -13,11 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner, Result
 
-from streaminfer import LocalPipeline
-from streaminfer.cli import app
-from streaminfer.commands.records import inputs_of
 from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
@@ -29,9 +23,9 @@ from streaminfer.planning.predict import Candidate, How, Machine
 from streaminfer.planning.profile import Link, Profile
 from streaminfer.planning.profiler import Captured, capture_model, places
 from streaminfer.planning.subject import Subject, subject
-from streaminfer.planning.verify import verify
 from streaminfer.spec.file import load
 from streaminfer.topology import build as lay_out
+from tests.unit.planning.planned import answered, planned, streaminfer, work_in
 
 MODEL = """
 import torch
@@ -57,42 +51,7 @@ LARGE = ("model.py:large", "--example", "3x96x96", "--batch", "2")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiler, "BUSY", float("inf"))
-    monkeypatch.setattr("streaminfer.commands.planning.BATCHES", (1, 2))
-    monkeypatch.setattr("streaminfer.planning.timing.SECONDS", 0.0)
-    monkeypatch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
-    monkeypatch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
-    monkeypatch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
-    (tmp_path / "model.py").write_text(MODEL)
-    return tmp_path
-
-
-def streaminfer(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def planned(*arguments: str) -> dict[str, Any]:
-    found = streaminfer("plan", *arguments, "--json")
-    assert found.exit_code == 0, found.output
-    answer: dict[str, Any] = json.loads(found.stdout)
-    return answer
-
-
-async def _answered(file: Path) -> int:
-    spec = load(file, environ={})
-    built = build(spec, file.parent / "plan")
-    assert verify(spec, file.parent / "plan").holds
-    records = inputs_of(spec, built, 8)
-    pipeline = LocalPipeline(spec, built, file.parent / "plan")
-    async with pipeline, pipeline.client() as client:
-        answers = [await client.predict(value, headers=headers) for value, headers in records]
-    return sum(answer.status == "ok" for answer in answers)
-
-
-def answered(file: Path) -> int:
-    """Verify and run a file as it is; return how many of 8 inputs were answered well."""
-    return asyncio.run(_answered(file))
+    return work_in(tmp_path, MODEL, monkeypatch)
 
 
 def split_of(file: Path) -> dict[str, Any]:
