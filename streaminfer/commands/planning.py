@@ -34,7 +34,6 @@ from streaminfer.planning.codecs import (
 )
 from streaminfer.planning.finalists import choose
 from streaminfer.planning.forecast import scenario
-from streaminfer.planning.parts import Parts
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Answer, Edge, Pool, Request, plan
 from streaminfer.planning.predict import Candidate, Machine, Measured
@@ -50,6 +49,7 @@ from streaminfer.planning.profiler import (
 )
 from streaminfer.planning.report import Page
 from streaminfer.planning.simulation.scenario import Link as Transit
+from streaminfer.planning.splitting.parts import Parts
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.planning.timing import Runner, available_memory, cores
 from streaminfer.runtime.postprocess import batch_of

@@ -2,6 +2,7 @@
 
 calibrate   what the event loop costs on this machine
 drive       the load of a Scenario, sent and awaited in this process
+patiently   either again, and longer, where nothing comes back
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,10 +28,21 @@ from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, 
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
-__all__ = ["Calibration", "Trial", "Unanswered", "calibrate", "device_seconds", "drive"]
+__all__ = [
+    "Calibration",
+    "Trial",
+    "Unanswered",
+    "calibrate",
+    "device_seconds",
+    "drive",
+    "patiently",
+]
+
+T = TypeVar("T")
 
 CALIBRATE = 2.0  # seconds of a run
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
+LONGER = 3  # times that a run to which nothing came back is made twice as long
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
 
 
@@ -95,17 +107,21 @@ async def calibrate(
     exits = sum(stage.exit is not None for stage in plan.stages)
     rows, costs = [], []
     leaves: dict[str, float] = {}
-    for window in (spec.kafka.partitions, 4 * most * spec.kafka.partitions):
+
+    async def run(load: Scenario) -> tuple[Trial, Metrics, tuple[float, float]]:
         async with LocalPipeline(spec, plan, folder) as pipeline:
-            load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
-            load = replace(load, seconds=seconds, warm=seconds / 4)
             before = _counts(pipeline.metrics)
             trial = await _Load(pipeline, load, inputs).run()
             after = _counts(pipeline.metrics)
-        samples, envelopes = (b - a for a, b in zip(before, after, strict=True))
+        return trial, pipeline.metrics, (after[0] - before[0], after[1] - before[1])
+
+    for window in (spec.kafka.partitions, 4 * most * spec.kafka.partitions):
+        load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
+        load = replace(load, seconds=seconds, warm=seconds / 4)
+        trial, metrics, (samples, envelopes) = await patiently(run, load)
         # of a micro-batch of several rows some leave at an exit and some go on
         each = envelopes / max(1.0, samples) / (1 + exits * (window > spec.kafka.partitions))
-        leaves = _leaves(pipeline.metrics)
+        leaves = _leaves(metrics)
         cost = trial.host / trial.throughput
         rows.append(
             [
@@ -178,6 +194,20 @@ async def drive(
     async with LocalPipeline(spec, plan, folder) as pipeline:
         load = _Load(pipeline, scenario, inputs, strict=strict)
         return await load.run()
+
+
+async def patiently(run: Callable[[Scenario], Awaitable[T]], load: Scenario) -> T:
+    """Run a load, and longer where nothing comes back: the machine may be busy.
+
+    Raises:
+        Unanswered: nothing did, in eight times as long.
+    """
+    for _ in range(LONGER):
+        try:
+            return await run(load)
+        except Unanswered:
+            load = replace(load, seconds=2 * load.seconds)
+    return await run(load)
 
 
 def _now() -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streaminfer.commands.records import inputs_of
-from streaminfer.commands.trial import Trial, Unanswered, drive
+from streaminfer.commands.trial import Trial, drive, patiently
 from streaminfer.planning.forecast import busy_of, loaded
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Edge
@@ -25,7 +25,6 @@ from streaminfer.spec.file import load
 __all__ = ["try_out"]
 
 SECONDS = 3.0  # of measuring, at full load and again at LOAD of what that gave
-LONGER = 3  # times that a run to which nothing came back is made twice as long
 ANSWERS = 5  # times its p99 that a run lasts at least
 
 
@@ -75,19 +74,13 @@ async def _run(
     inputs = inputs_of(spec, plan)
 
     async def run(load: Scenario) -> Trial:
-        """Run it, and longer where nothing comes back: the machine may be busy."""
-        for _ in range(LONGER):
-            try:
-                return await drive(spec, plan, folder, load, inputs, strict=True)
-            except Unanswered:
-                load = replace(load, seconds=2 * load.seconds)
         return await drive(spec, plan, folder, load, inputs, strict=True)
 
     window = scenario.arrivals.window or 0
     span = max(SECONDS, window / candidate.throughput)
-    most = await run(replace(scenario, seconds=scenario.warm + span))
+    most = await patiently(run, replace(scenario, seconds=scenario.warm + span))
     late = loaded(scenario, LOAD * most.throughput)
     span = max(SECONDS, ANSWERS * candidate.p99)
     warm = min(late.warm, span / 2)
-    times = await run(replace(late, seconds=warm + span, warm=warm))
+    times = await patiently(run, replace(late, seconds=warm + span, warm=warm))
     return Measured(most.throughput, times.p50, times.p99, busy_of(candidate, most.busy))

@@ -10,7 +10,7 @@ import numpy as np
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.codecs import Codec, Dtype
-from streaminfer.planning.fans import Splitter
+from streaminfer.planning.figures import duration, size
 from streaminfer.planning.finalists import CLOSE, Foresee, choose, finalists, in_time, is_asked
 from streaminfer.planning.forecast import forecast
 from streaminfer.planning.partitioner import (
@@ -24,7 +24,8 @@ from streaminfer.planning.partitioner import (
 )
 from streaminfer.planning.predict import BUFFERS, Candidate, Machine, PlacedStage, predict
 from streaminfer.planning.profile import DeviceProfile, Link, Profile
-from streaminfer.planning.splits import Setting, reasons, refusal, remedy, split_plans
+from streaminfer.planning.splitting.choice import Setting, reasons, refusal, remedy, split_plans
+from streaminfer.planning.splitting.fans import Splitter
 
 __all__ = ["Answer", "Edge", "Pool", "Request", "plan"]
 
@@ -98,8 +99,8 @@ def plan(profile: Profile, request: Request, foresee: Foresee = forecast) -> Ans
     if not within:
         least = min((c for c in tried if is_asked(c, request)), key=lambda c: c.p99)
         raise ConfigError(
-            f"no plan answers within {_ms(request.slo_p99 or 0)} at p99; the least predicted is "
-            f"{_ms(least.p99)}: {least.form}, batch {least.batch}",
+            f"no plan answers within {duration(request.slo_p99 or 0)} at p99; the least predicted "
+            f"is {duration(least.p99)}: {least.form}, batch {least.batch}",
             where="--slo",
             hint="a longer bound, a faster device, or a smaller model",
         )
@@ -291,7 +292,7 @@ def _why(
     else:
         stage = next(s for s in best.stages if s.name == best.limit)
         copies = f", on {len(stage.devices)} devices" if len(stage.devices) > 1 else ""
-        service = f"{_ms(stage.service)} per micro-batch of {best.batch}"
+        service = f"{duration(stage.service)} per micro-batch of {best.batch}"
         yield f"stage {stage.name} limits: {service}{copies}"
     whole = [c for c in others if len(c.stages) == 1]
     if any(stage.split for stage in best.stages):
@@ -299,7 +300,7 @@ def _why(
     elif len(best.stages) == 1:
         yield "the model fits on each device: cutting it wins nothing, and no bytes cross a link"
     elif not whole:
-        need = _mb(profile.weight_bytes)
+        need = size(profile.weight_bytes)
         yield f"whole, the model does not fit on a device (its weights are {need}), so it is cut"
     else:
         ratio = best.throughput / whole[0].throughput
@@ -309,7 +310,7 @@ def _why(
         link = f"{request.link.name}, {request.link.source}"
         yield (
             f"behind {stage.until} {stage.row_bytes:,} bytes per sample cross; a micro-batch of "
-            f"them costs {_ms(stage.send)} on each side ({link})"
+            f"them costs {duration(stage.send)} on each side ({link})"
         )
 
 
@@ -328,9 +329,9 @@ def _too_little(profile: Profile, request: Request) -> ConfigError:
     alone = last == first + 1
     what = f"layer {layer!r} alone" if alone else f"the stage with layer {layer!r}"
     return ConfigError(
-        f"no plan fits: even cut best over {total} device(s), {what} needs {_mb(need)} "
-        f"at batch {batch} ({_mb(own)} of it are weights of {layer!r}); the devices allow "
-        f"{_mb(most)} each: {_mb(need - most)} too little",
+        f"no plan fits: even cut best over {total} device(s), {what} needs {size(need)} "
+        f"at batch {batch} ({size(own)} of it are weights of {layer!r}); the devices allow "
+        f"{size(most)} each: {size(need - most)} too little",
         where="--memory",
         hint="; ".join(
             filter(
@@ -359,13 +360,3 @@ def _no_such_split(profile: Profile, request: Request) -> ConfigError:
         "behind a layer, and the memory allows none of their combinations",
         where="--stages",
     )
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-def _mb(nbytes: float) -> str:
-    if nbytes < 1e6:
-        return f"{nbytes / 1e3:.1f} kB"
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streaminfer.planning.cheapest import Leg, Option, cheapest, groups
 from streaminfer.planning.predict import How
+from streaminfer.planning.splitting.cheapest import Leg, Option, cheapest, groups
 
 
 @st.composite

@@ -10,7 +10,7 @@ import pytest
 from streaminfer.commands.engine import apart, measure_engine
 from streaminfer.commands.records import Input, inputs_of
 from streaminfer.commands.simulate import Ask, scenario_of
-from streaminfer.commands.trial import drive
+from streaminfer.commands.trial import Unanswered, drive, patiently
 from streaminfer.errors import StreaminferError
 from streaminfer.planning.forecast import busy_of, forecast, loaded, scenario
 from streaminfer.planning.placement import pipeline_file
@@ -18,7 +18,7 @@ from streaminfer.planning.planner import Edge, Request, plan
 from streaminfer.planning.predict import LOAD, Calls, Candidate, Machine
 from streaminfer.planning.profile import Profile
 from streaminfer.planning.profiler import Place, capture_model, profile
-from streaminfer.planning.simulation.simulator import Arrivals, Host, StageTimes, simulate
+from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, StageTimes, simulate
 from streaminfer.planning.source import ensure
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.spec import PipelineSpec
@@ -204,3 +204,21 @@ def test_a_trial_whose_inputs_are_refused_is_no_measurement(
     assert fine.throughput == pytest.approx(50, rel=0.3)
     with pytest.raises(StreaminferError, match="answered with"):
         virtual.run(drive(spec, built, tmp_path / "plan", short, [Input(b"no image")], strict=True))
+
+
+async def test_a_busy_machine_is_given_longer_but_not_for_ever() -> None:
+    """Else `plan` ends in an error where a second more would have given an answer."""
+    asked: list[float] = []
+
+    async def run(load: Scenario) -> float:
+        asked.append(load.seconds)
+        if load.seconds < enough:
+            raise Unanswered("nothing came")
+        return load.seconds
+
+    load, enough = Scenario((), Arrivals(window=1), seconds=1.0), 4.0
+    assert await patiently(run, load) == 4.0
+    enough = 100.0
+    with pytest.raises(Unanswered):
+        await patiently(run, load)
+    assert asked == [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 8.0]

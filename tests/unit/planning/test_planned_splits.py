@@ -16,12 +16,12 @@ from streaminfer.errors import ConfigError
 from streaminfer.planning import profiler
 from streaminfer.planning.build import build
 from streaminfer.planning.drawing import Turn, schedule
-from streaminfer.planning.parts import Parts
 from streaminfer.planning.placement import pipeline_file
 from streaminfer.planning.planner import Pool, Request, plan
 from streaminfer.planning.predict import Candidate, How, Machine
 from streaminfer.planning.profile import Link, Profile
 from streaminfer.planning.profiler import Captured, capture_model, places
+from streaminfer.planning.splitting.parts import Parts
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.spec.file import load
 from streaminfer.topology import build as lay_out

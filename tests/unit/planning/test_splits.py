@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError
-from streaminfer.planning.fans import Figures
 from streaminfer.planning.planner import Answer, plan
 from streaminfer.planning.predict import Candidate, How, PlacedStage
 from streaminfer.planning.profile import DeviceProfile, Link, Profile
+from streaminfer.planning.splitting.fans import Figures
 from tests.unit.planning.profiles import FREE, made, request
 
 ROW = 1000  # bytes, of every cut of a made profile

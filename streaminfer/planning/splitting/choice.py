@@ -6,7 +6,7 @@
     speed    where memory keeps the devices from sharing the work: rare, and worth it from GAIN on
 
 A split is legal or not by what its layers do, and costs what its parts were measured to take. Both
-are asked for few stages only (fansearch).
+are asked for few stages only (search).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streaminfer.planning.cheapest import MANY
-from streaminfer.planning.fans import Splitter
-from streaminfer.planning.fansearch import Known, Search, Setting
 from streaminfer.planning.figures import duration, size
 from streaminfer.planning.predict import Candidate, How
+from streaminfer.planning.splitting.cheapest import MANY
+from streaminfer.planning.splitting.fans import Splitter
+from streaminfer.planning.splitting.search import Known, Search, Setting
 
 if TYPE_CHECKING:
     from streaminfer.planning.planner import Request

@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streaminfer.planning.cheapest import Floats, Leg, Option, cheapest, groups
-from streaminfer.planning.fans import Crossing, Figures, PlacedFan, Splitter, evenly, fan_of, joined
 from streaminfer.planning.partitioner import Partition, Problem, Share
 from streaminfer.planning.predict import Candidate, How, PlacedStage, predict
+from streaminfer.planning.splitting.cheapest import Floats, Leg, Option, cheapest, groups
+from streaminfer.planning.splitting.fans import (
+    Crossing,
+    Figures,
+    PlacedFan,
+    Splitter,
+    evenly,
+    fan_of,
+    joined,
+)
 
 if TYPE_CHECKING:
     from streaminfer.planning.planner import Request

@@ -26,10 +26,10 @@ from streaminfer.parallel.program import dump
 from streaminfer.parallel.spatial import split_tiles, tiles_problem
 from streaminfer.parallel.tensor import channels_problem, split_channels
 from streaminfer.plan import TensorSpec
-from streaminfer.planning.fans import Figures
 from streaminfer.planning.predict import How
 from streaminfer.planning.profile import DeviceProfile, quartile
 from streaminfer.planning.profiler import Captured, example_tensors
+from streaminfer.planning.splitting.fans import Figures
 from streaminfer.planning.timing import synchronize, threads_set
 
 __all__ = ["Parts"]
