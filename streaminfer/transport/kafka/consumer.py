@@ -260,14 +260,17 @@ class KafkaConsumer:
                     )
 
     def _watch_topics(self, now: float) -> None:
-        topics = self._subscription.topics
+        """Raise TopicError if the broker, asked again, still does not know a topic."""
+        topics, client = self._subscription.topics, self._kafka._client
         gone = [topic for topic in topics if self._kafka.partitions_for_topic(topic) is None]
-        # a broker that has gone silent since says nothing about its topics
-        told = self._kafka._client.cluster._last_successful_refresh_ms / 1000
-        if not gone or time.time() - told > _GONE:
+        since = now - self._topics_seen
+        if not gone:
             self._topics_seen = now
-        elif now - self._topics_seen > _GONE:
-            raise TopicError(f"topic {gone[0]} was deleted while it was read; restart")
+        elif since > _GONE:
+            told = time.time() - client.cluster._last_successful_refresh_ms / 1000  # seconds ago
+            if told < since - _GONE:
+                raise TopicError(f"topic {gone[0]} was deleted while it was read; restart")
+            client.force_metadata_update()  # what was said before may be outdated
 
     async def _close(self) -> None:
         kafka = self._kafka
