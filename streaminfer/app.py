@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 
 from streaminfer.client import Client
 from streaminfer.errors import ConfigError, StreaminferError
+from streaminfer.malloc import tune_malloc
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan, StagePlan
 from streaminfer.runtime.flow import Trimmer, Window, WindowWatch
@@ -282,6 +283,7 @@ class LocalPipeline:
         """Create the topics, start every worker, wait until each can take work."""
         from streaminfer import __version__
 
+        tune_malloc()
         self.metrics = Metrics(
             self.plan.pipeline,
             version=__version__,

@@ -36,6 +36,7 @@ from streaminfer.cli_flags import (
     Trust,
 )
 from streaminfer.errors import ConfigError, StreaminferError
+from streaminfer.malloc import tune_malloc
 
 if TYPE_CHECKING:
     from streaminfer.spec import PipelineSpec
@@ -327,6 +328,7 @@ def _await(work: Coroutine[Any, Any, T]) -> T:
 
 def main() -> None:
     """Run the command line; every error of ours is one clear message and exit code 1."""
+    tune_malloc()
     try:
         app()
     except ConfigError as error:

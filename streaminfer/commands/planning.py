@@ -237,7 +237,7 @@ def _with_dtypes(outcome: Outcome, captured: Captured, drop: float, folder: str 
 
     Dtypes change what crossing costs and so perhaps the cut; it is planned again once.
     """
-    runner = Runner(captured.graph, torch.device("cpu"))
+    runner = Runner(captured.cutter, torch.device("cpu"))
     rows = _calibration(captured, folder)
     link = outcome.request.link
 

@@ -17,7 +17,7 @@ from streaminfer.errors import ConfigError
 from streaminfer.launcher import Command, Launcher, free_ports, scrape_targets
 from streaminfer.plan import Plan
 from streaminfer.topology import WorkerSpec, build
-from streaminfer.transport.kafka import quiet_start_up, tune_malloc
+from streaminfer.transport.kafka import quiet_start_up
 
 if TYPE_CHECKING:
     from streaminfer.spec import PipelineSpec
@@ -127,7 +127,6 @@ async def worker(
     replica: int | None,
 ) -> None:
     """Run one worker on Kafka until SIGTERM. Raises ConfigError if it is not clear which one."""
-    tune_malloc()
     _log_to(sys.stderr)
     # a plan that is named is taken as it is: a worker needs neither the model's code nor weights
     folder, made = (plan, Plan.load(plan)) if plan else plan_of(spec, plan, random_weights)

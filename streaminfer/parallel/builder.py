@@ -52,6 +52,10 @@ class Builder:
         read = [str(node.target) for node in self._graph.nodes if node.op == "get_attr"]
         return self._graph, {name: self._weights[name] for name in read}
 
+    def origins(self) -> dict[str, fx.Node]:
+        """Return, by the name of a copy, what it was copied from."""
+        return {made.name: node for node, made in self._made.items() if made.op == node.op}
+
     def _value(self, node: fx.Node) -> fx.Node:
         if node not in self._made:
             self._made[node] = self._source(node)

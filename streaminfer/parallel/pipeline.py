@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -35,6 +35,7 @@ class StageGraph:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     layers: tuple[str, ...]
+    origins: Mapping[str, fx.Node] = field(default_factory=dict)  # by name here: the model's node
 
 
 def port(node: fx.Node, name: str = "") -> Port:
@@ -204,4 +205,5 @@ class Cutter:
             tuple(port(node) for node in inputs),
             tuple(port(node, name) for name, node in outputs.items()),
             captured.layers.within(first, last),
+            builder.origins(),
         )

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from streaminfer.errors import CaptureError, PlanError
-from streaminfer.parallel.kernels import quicker
-from streaminfer.parallel.operators import Operator, arguments, name_of, resolve
+from streaminfer.parallel.calls import Call, Slot
+from streaminfer.parallel.inplace import overwriting
+from streaminfer.parallel.kernels import quicker, with_quick_stem
+from streaminfer.parallel.operators import arguments, name_of, resolve
 from streaminfer.parallel.signature import DTYPES, Port, dtype_name
 
 if TYPE_CHECKING:
@@ -113,54 +116,80 @@ def _encode(value: object) -> object:
 # ---- in ------------------------------------------------------------------------------------------
 
 
-class _Slot(int):
-    """Where a value lies while the stage runs; in a template, a hole."""
-
-
-class _Call(NamedTuple):
-    function: Operator
-    args: list[object]  # constants and weights in place
-    holes: tuple[tuple[int, object], ...]  # argument → slot, or a list with slots in it
-    kwargs: dict[str, object]
-    named_holes: tuple[tuple[str, object], ...]
-    slot: _Slot
-    dead: tuple[_Slot, ...]  # values that nobody reads after this call
-
-
 class Program:
-    """A loaded stage: call it with its inputs in order; it gives its outputs in order."""
+    """A loaded stage: call it, from one thread, with its inputs in order; it gives its outputs."""
 
     def __init__(
         self,
         inputs: tuple[Port, ...],
         outputs: tuple[Port, ...],
-        calls: Sequence[_Call],
+        calls: Sequence[Call],
         results: Sequence[object],
-        size: int,
+        names: Mapping[str, Slot],
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
-        self._calls, self._results, self._size = calls, results, size
+        self._calls, self._results, self._names = calls, results, names
+        self._size = len(names)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the stage. The inputs must have passed `check_inputs`; they are not written."""
         slots: list[object] = [*tensors, *[None] * (self._size - len(tensors))]
         with torch.inference_mode():
-            for function, constants, holes, kwargs, named_holes, slot, dead in self._calls:
-                args = constants.copy()
-                for i, hole in holes:
-                    args[i] = slots[hole] if type(hole) is _Slot else _fill(hole, slots)
-                if named_holes:
-                    filled = {name: _fill(hole, slots) for name, hole in named_holes}
-                    slots[slot] = function(*args, **kwargs, **filled)
-                else:
-                    slots[slot] = function(*args, **kwargs)
-                for i in dead:
-                    slots[i] = None
+            for call in self._calls:
+                _run(call, slots)
+        return self._given(slots)
+
+    def stepped(
+        self,
+        tensors: Sequence[torch.Tensor],
+        step: Callable[[str, Callable[[], None], Values], None],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the stage by `step`: it gets each call's name, what runs it, and the values so far.
+
+        What is in the values is what a stage that ends there would give: what is read no more may
+        be overwritten.
+        """
+        slots: list[object] = [*tensors, *[None] * (self._size - len(tensors))]
+        values = Values(slots, self._names)
+        with torch.inference_mode():
+            for call in self._calls:
+                step(call.name, partial(_run, call, slots), values)
+        return self._given(slots)
+
+    def _given(self, slots: Sequence[object]) -> tuple[torch.Tensor, ...]:
         return tuple(slots[slot] for slot in self._results)  # type: ignore[call-overload]
 
 
+class Values:
+    """The values of a run by their names."""
+
+    def __init__(self, slots: list[object], names: Mapping[str, Slot]) -> None:
+        self._slots, self._names = slots, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value = self._slots[self._names[name]]
+        assert isinstance(value, torch.Tensor), name  # noqa: S101 - what crosses cuts
+        return value
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self._slots[self._names[name]] = value
+
+
+def _run(call: Call, slots: list[object]) -> None:
+    args = call.args.copy()
+    for i, hole in call.holes:
+        args[i] = slots[hole] if type(hole) is Slot else _fill(hole, slots)
+    if call.named_holes:
+        filled = {name: _fill(hole, slots) for name, hole in call.named_holes}
+        slots[call.slot] = call.function(*args, **call.kwargs, **filled)
+    else:
+        slots[call.slot] = call.function(*args, **call.kwargs)
+    for i in call.dead:
+        slots[i] = None
+
+
 def _fill(hole: object, slots: Sequence[object]) -> object:
-    if isinstance(hole, _Slot):
+    if isinstance(hole, Slot):
         return slots[hole]
     if isinstance(hole, list):
         return [_fill(item, slots) for item in hole]
@@ -219,8 +248,8 @@ class _Loader:
     def __init__(self, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._given, self._device = weights, device
         self._weights: dict[str, torch.Tensor] = {}
-        self._slots: dict[str, _Slot] = {}
-        self._last_use: dict[_Slot, int] = {}
+        self._slots: dict[str, Slot] = {}
+        self._last_use: dict[Slot, int] = {}
         self._at = 0  # the call that is being read
 
     def load(self, document: object) -> Program:
@@ -239,20 +268,21 @@ class _Loader:
         self._at = len(calls)
         outputs = [_fields(row, str, str, list, dict) for row in document["outputs"]]
         results = [self._decode(row[3]) for row in outputs]
-        if not inputs or not results or not all(isinstance(r, _Slot) for r in results):
+        if not inputs or not results or not all(isinstance(r, Slot) for r in results):
             _bad("a stage needs inputs, and outputs that are values")
+        calls = with_quick_stem(overwriting(calls, results), results, self._device)
         return Program(
             tuple(inputs),
             tuple(_port(*row[:3]) for row in outputs),
             self._with_deaths(calls),
             results,
-            len(self._slots),
+            self._slots,
         )
 
-    def _define(self, name: str) -> _Slot:
+    def _define(self, name: str) -> Slot:
         if name in self._slots:
             _bad(f"{name!r} is defined twice")
-        self._slots[name] = slot = _Slot(len(self._slots))
+        self._slots[name] = slot = Slot(len(self._slots))
         return slot
 
     def _bind(self, rows: Iterable[object]) -> None:
@@ -266,7 +296,7 @@ class _Loader:
                 _bad(f"weight {name!r} is {kind} {list(tensor.shape)}, expected {dtype} {shape}")
             self._weights[str(name)] = tensor.to(self._device)
 
-    def _call(self, at: int, row: object) -> _Call:
+    def _call(self, at: int, row: object) -> Call:
         self._at = at
         name, operator, given, named = _fields(row, str, str, list, dict)
         assert isinstance(given, list) and isinstance(named, dict)  # noqa: S101 - _fields
@@ -280,19 +310,20 @@ class _Loader:
                 _bad(f"{name!r}: these are not the arguments of {operator}")
         elif kwargs or not all(_is_size(arg) for arg in args):
             _bad(f"{name!r}: {operator} takes sizes only")
-        return _Call(
+        return Call(
+            str(name),
+            function,
             quicker(function, self._device),
             args,
             tuple((i, arg) for i, arg in enumerate(args) if _has_hole(arg)),
             {key: arg for key, arg in kwargs.items() if not _has_hole(arg)},
             tuple((key, arg) for key, arg in kwargs.items() if _has_hole(arg)),
             self._define(str(name)),
-            (),
         )
 
-    def _with_deaths(self, calls: list[_Call]) -> list[_Call]:
+    def _with_deaths(self, calls: list[Call]) -> list[Call]:
         """Give every call the values that nobody reads after it, its own included if unread."""
-        deaths: dict[int, list[_Slot]] = {}
+        deaths: dict[int, list[Slot]] = {}
         for slot, at in self._last_use.items():
             deaths.setdefault(at, []).append(slot)
         return [
@@ -331,7 +362,7 @@ class _Loader:
 def _has_hole(value: object) -> bool:
     if isinstance(value, list):
         return any(_has_hole(item) for item in value)
-    return isinstance(value, _Slot)
+    return isinstance(value, Slot)
 
 
 def _is_size(value: object) -> bool:

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from torch import fx
 
 from streaminfer.cast import cast, uncast
 from streaminfer.parallel.pipeline import Cutter
+from streaminfer.parallel.program import Values
 from streaminfer.parallel.signature import dtype_name
 from streaminfer.planning.profile import CutPoint, Encoding, Link
 from streaminfer.planning.timing import Runner
@@ -37,9 +37,9 @@ def encodings(
     chosen = _spread(points)
     found: list[Encoding] = []
 
-    def watch(position: int, values: Mapping[fx.Node, Any]) -> None:
+    def watch(position: int, values: Values) -> None:
         if position in chosen:
-            live = {n.name: values[n].contiguous() for n in cutter.live(position)}
+            live = {n.name: values[runner.here(n)].contiguous() for n in cutter.live(position)}
             found.extend(_encoded(position, live))
 
     runner.run(inputs, watch=watch)
@@ -218,14 +218,14 @@ def _worth(known: Mapping[Dtype, tuple[float, float, float]]) -> list[Dtype]:
 def _outputs(
     runner: Runner, cutter: Cutter, batch: Sequence[torch.Tensor], casts: Mapping[int, Dtype]
 ) -> list[torch.Tensor]:
-    def watch(position: int, values: Any) -> None:
+    def watch(position: int, values: Values) -> None:
         if position in casts:
-            live = {node.name: values[node] for node in cutter.live(position)}
-            sent = cast(live, casts[position])
-            for node in cutter.live(position):
-                values[node] = uncast(node.name, sent, values[node].dtype)
+            names = {runner.here(node): node.name for node in cutter.live(position)}
+            sent = cast({name: values[here] for here, name in names.items()}, casts[position])
+            for here, name in names.items():
+                values[here] = uncast(name, sent, values[here].dtype)
 
-    return list(runner.run(batch, watch=watch if casts else None).values())
+    return list(runner.run(batch, watch=watch if casts else None))
 
 
 def _drift(exact: Sequence[list[torch.Tensor]], sent: Sequence[list[torch.Tensor]]) -> Drift:

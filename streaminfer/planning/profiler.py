@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from streaminfer.errors import ConfigError
-from streaminfer.parallel import load
+from streaminfer.malloc import tune_malloc
 from streaminfer.parallel.capture import Capture, capture, is_batched
 from streaminfer.parallel.layers import path_of
 from streaminfer.parallel.operators import name_of
 from streaminfer.parallel.pipeline import Cutter, port
-from streaminfer.parallel.program import dump
 from streaminfer.parallel.weights import same_memory
 from streaminfer.planning.codecs import DTYPE_NAMES, encodings
 from streaminfer.planning.example import example_inputs
@@ -165,6 +164,7 @@ def profile(
     Raises:
         ConfigError: a size of `also` does not fit in a device's memory.
     """
+    tune_malloc()  # as in a worker
     profiles: list[Profile] = []
     for place in where:
         file = FOLDER / f"{_key(captured, place, batches)}.json"
@@ -213,18 +213,18 @@ def _fresh(captured: Captured, place: Place, batches: Sequence[int], say: Say) -
     timings: list[Timing] = []
     memory = available_memory(place.device)
     with threads_set(place.threads):
-        runner, whole = _runner(captured, place)
+        runner = Runner(captured.cutter, place.device)
         for k, batch in enumerate(batches):
             say(f"{place.names[0]} batch {batch}", k, len(batches))
             if timings and (batch * peak > SHARE * memory or _too_long(timings[-1], batch)):
                 break
             try:
-                timings.append(measure(runner, whole, _inputs(captured, place, batch)))
+                timings.append(measure(runner, _inputs(captured, place, batch)))
             except torch.OutOfMemoryError:
                 break
         say("encodings", len(batches), len(batches))
         sample = example_tensors(captured, min(4, max(t.batch for t in timings)))
-        encoded = encodings(Runner(graph, torch.device("cpu")), cutter, _points(cutter), sample)
+        encoded = encodings(Runner(cutter, torch.device("cpu")), cutter, _points(cutter), sample)
     device = DeviceProfile(
         device=place.names[0],
         hardware=place.hardware,
@@ -253,14 +253,14 @@ def _with_batches(
     peak = max(node.peak_bytes for node in known.nodes)
     timings = list(device.timings)
     with threads_set(place.threads):
-        runner, whole = _runner(captured, place)
+        runner = Runner(captured.cutter, place.device)
         for k, batch in enumerate(batches):
             say(f"{place.names[0]} batch {batch}", k, len(batches))
             free = available_memory(place.device)
             try:
                 if batch * peak > free:
                     raise torch.OutOfMemoryError
-                timings.append(measure(runner, whole, _inputs(captured, place, batch)))
+                timings.append(measure(runner, _inputs(captured, place, batch)))
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"batch {batch} does not fit on {place.names[0]}: its activations alone are "
@@ -271,13 +271,6 @@ def _with_batches(
     timings.sort(key=lambda timing: timing.batch)
     measured = device.model_copy(update={"timings": tuple(timings)})
     return known.model_copy(update={"devices": (measured,)})
-
-
-def _runner(captured: Captured, place: Place) -> tuple[Runner, Callable[..., object]]:
-    """Return the model on a device: as calls that can be timed one by one, and whole."""
-    (stage,) = captured.cutter.split([])
-    whole = load(dump(stage), stage.weights, place.device)
-    return Runner(captured.graph, place.device), whole
 
 
 def _inputs(captured: Captured, place: Place, batch: int) -> list[torch.Tensor]:

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate
 
-from streaminfer.parallel.capture import Capture
-from streaminfer.parallel.mutation import written
-from streaminfer.parallel.weights import aligned
+from streaminfer.parallel.pipeline import Cutter
+from streaminfer.parallel.program import Values, dump, load
 from streaminfer.planning.profile import Timing, quartile
 
 __all__ = ["BUSY", "Runner", "available_memory", "cores", "measure", "threads_set"]
@@ -36,74 +33,41 @@ SECONDS = 1.5  # of repeats per batch size, once there are enough of them
 BUSY = 0.35  # upper ÷ lower quartile, minus 1: above it something else was running
 
 
-@dataclass
 class Runner:
-    """A captured graph as calls that can be timed one by one; values are freed when dead."""
+    """The whole model as a worker runs it, whose nodes can be timed and looked at one by one."""
 
-    captured: Capture
-    device: torch.device
-    _calls: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any], list[fx.Node]]] = field(init=False)
-    _weights: dict[str, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        nodes = self.captured.nodes
-        self._weights = {n: aligned(t.to(self.device)) for n, t in self.captured.tensors.items()}
-        end = set(self.captured.outputs.values())
-        last: dict[fx.Node, int] = {}
-        for i, node in enumerate(nodes):
-            last[node] = i
-            for source in node.all_input_nodes:
-                last[source] = i
-        dead: dict[int, list[fx.Node]] = {}
-        for node, i in last.items():
-            if node.op != "get_attr" and node not in end:
-                dead.setdefault(i, []).append(node)
-        self._calls = [
-            (n, self._bound(n.args), self._bound(n.kwargs), dead.get(i, []))
-            for i, n in enumerate(nodes)
-        ]
-        self._writes = any(written(node) for node in nodes)
-
-    def _bound(self, value: Any) -> Any:
-        """Put weights and the device in place; what is left are values of the run."""
-
-        def put(item: object) -> object:
-            if isinstance(item, fx.Node) and item.op == "get_attr":
-                return self._weights[str(item.target)]
-            return self.device if isinstance(item, torch.device) else item
-
-        return map_aggregate(value, put)  # type: ignore[arg-type]
+    def __init__(self, cutter: Cutter, device: torch.device) -> None:
+        (stage,) = cutter.split([])
+        self.nodes, self.device = cutter.captured.nodes, device
+        self.whole = load(dump(stage), stage.weights, device)
+        position = {node: i for i, node in enumerate(self.nodes)}
+        self._name_here = {node.name: name for name, node in stage.origins.items()}
+        self._position = {n: position[o] for n, o in stage.origins.items() if o in position}
 
     def run(
         self,
         inputs: Sequence[torch.Tensor],
         *,
         clock: _Clock | None = None,
-        watch: Callable[[int, Mapping[fx.Node, Any]], None] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Run all nodes; `clock` times each, `watch` sees the values behind each position."""
-        if self._writes:
-            inputs = [tensor.clone() for tensor in inputs]
-        values: dict[fx.Node, Any] = dict(zip(self.captured.inputs, inputs, strict=True))
+        watch: Callable[[int, Values], None] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Run all nodes; `clock` times each, `watch` sees the live values behind each position."""
 
-        def get(item: object) -> object:
-            return values[item] if isinstance(item, fx.Node) else item
+        def step(name: str, run: Callable[[], None], values: Values) -> None:
+            at = self._position.get(name)  # None: a copy of an input, or the like
+            if clock:
+                clock.begin()
+            run()
+            if clock and at is not None:
+                clock.end(at)
+            if watch and at is not None:
+                watch(at, values)
 
-        with torch.inference_mode():
-            for i, (node, args, kwargs, dead) in enumerate(self._calls):
-                args, kwargs = map_aggregate(args, get), map_aggregate(kwargs, get)  # type: ignore
-                function: Any = node.target
-                if clock:
-                    clock.begin()
-                values[node] = function(*args, **kwargs)
-                if clock:
-                    clock.end(i)
-                if watch:
-                    watch(i, values)
-                del args, kwargs
-                for gone in dead:
-                    values.pop(gone, None)
-        return {name: values[node] for name, node in self.captured.outputs.items()}
+        return self.whole.stepped(inputs, step)
+
+    def here(self, node: fx.Node) -> str:
+        """Return the name of a node's value in this run."""
+        return self._name_here.get(node.name, node.name)
 
 
 class _Clock:
@@ -145,21 +109,20 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def measure(runner: Runner, whole: Callable[..., object], inputs: Sequence[torch.Tensor]) -> Timing:
+def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
     """Time the nodes and the whole model, by turns, on one batch.
 
     Args:
-        runner: the captured graph on the device.
-        whole: the model as a worker runs it, uncut.
+        runner: the model on the device.
         inputs: on the device; dimension 0 is the batch.
     """
     alone = runner.device.type == "cpu" and torch.get_num_threads() == 1
     now = time.thread_time if alone else time.perf_counter
-    clock = _Clock(len(runner.captured.nodes), runner.device, now)
+    clock = _Clock(len(runner.nodes), runner.device, now)
     totals: list[float] = []
     walls: list[float] = []
     for _ in range(WARM):
-        whole(*inputs)
+        runner.whole(*inputs)
         runner.run(inputs)
     began = time.perf_counter()
     while len(totals) < REPEATS.start or (
@@ -167,7 +130,7 @@ def measure(runner: Runner, whole: Callable[..., object], inputs: Sequence[torch
     ):
         synchronize(runner.device)
         start, wall = now(), time.perf_counter()
-        whole(*inputs)
+        runner.whole(*inputs)
         synchronize(runner.device)
         totals.append(now() - start)
         walls.append(time.perf_counter() - wall)

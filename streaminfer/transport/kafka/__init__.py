@@ -3,8 +3,7 @@
     settings     how to reach the cluster      border      aiokafka's errors become ours
     consumer ─┬─ membership   rebalances       lifecycle   connect, look up topics, stop: in time
               └─ offsets      what a group committed, read and written with own requests
-    producer     admin                         malloc      one setting that makes it 1.5x faster
-    noise        a fresh broker's start is no error
+    producer     admin                         noise       a fresh broker's start is no error
 
 Only this folder imports aiokafka.
 """
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from streaminfer.transport.base import Listener
 from streaminfer.transport.kafka.admin import KafkaAdmin
 from streaminfer.transport.kafka.consumer import KafkaConsumer
-from streaminfer.transport.kafka.malloc import tune_malloc
 from streaminfer.transport.kafka.membership import Subscription
 from streaminfer.transport.kafka.noise import quiet_start_up
 from streaminfer.transport.kafka.producer import KafkaProducer
@@ -29,7 +27,6 @@ __all__ = [
     "KafkaSettings",
     "KafkaTransport",
     "quiet_start_up",
-    "tune_malloc",
 ]
 
 

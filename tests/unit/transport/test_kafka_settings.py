@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from streaminfer.errors import ConfigError
-from streaminfer.transport.kafka import KafkaSettings, tune_malloc
+from streaminfer.transport.kafka import KafkaSettings
 
 
 def test_password_is_in_no_log() -> None:
@@ -59,7 +59,3 @@ def test_missing_certificate_is_a_config_error(tmp_path: Path) -> None:
     for path in (broken, tmp_path / "absent.pem"):
         with pytest.raises(ConfigError, match="TLS"):
             KafkaSettings("k:1", "SSL", ssl_cafile=str(path)).client("x")
-
-
-def test_malloc_may_be_tuned_twice() -> None:
-    assert tune_malloc() == tune_malloc()

@@ -1,7 +1,9 @@
-"""Keep big buffers in glibc's heap: a producer is 1.5-1.8 times as fast, at a third of the CPU.
+"""Keep big buffers in glibc's heap: their pages fault in once, and not for every tensor.
 
-aiokafka copies a record about five times on its way out. Above glibc's default threshold (128 kB)
-each copy is a fresh mmap whose pages fault in one by one; that costs more than the copying.
+Above glibc's default threshold (128 kB, at most 32 MB) each buffer is a fresh mmap, or freed memory
+goes back to the system; its pages fault in one by one, which costs more than the copying. Measured:
+a producer of Kafka (which copies a record about five times) is 1.5-1.8 times as fast at a third of
+the CPU, and ResNet-50 computes in 0.93-0.95 of the time.
 """
 
 from __future__ import annotations
