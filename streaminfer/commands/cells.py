@@ -70,12 +70,16 @@ def _cell(
     return SimStage(
         name=stage.name,
         seconds=times.seconds,
+        cold={n: max(0.0, t - times.seconds[n]) for n, t in times.cold.items()},
         speeds=times.speeds or (1.0,) * role.replicas,
         batch_max=batch.max,
         batch_wait=batch.wait,
         bytes_out=_bytes_out(plan, stage) * (times.ratio if plan.consumers(stage.name) else 1.0),
         local=local,
         threads=declared.threads or share(spec, plan),
+        takes=times.takes,
+        noise=times.noise,
+        beside=max(1.0, times.beside),
         reads=tuple(source.stage for source in stage.sources),
         bytes_in=tuple(
             _bytes_in(plan, stage, source.tensors) * measured[source.stage].ratio

@@ -5,6 +5,8 @@ A cell is timed as it will run: its Forward, fed with what comes out of those th
 
 from __future__ import annotations
 
+import asyncio
+import json
 import statistics
 import threading
 import time
@@ -13,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,8 +23,9 @@ from streaminfer.commands.records import DISTINCT, Input, example_rows, inputs_o
 from streaminfer.commands.trial import device_seconds
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
-from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan
+from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan, stage_files
 from streaminfer.planning.simulation.scenario import StageTimes
+from streaminfer.planning.timing import cores
 from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.rows import select
@@ -38,6 +41,9 @@ __all__ = ["time_decode", "time_stages"]
 
 GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
+GLUE = 6  # times that a call takes the lock beside its operators: for its bytes, for its end
+PAIRS, BESIDE = 3, 3  # times that calls are timed alone and beside others, so many each
+PAUSES, PAUSE = 5, 0.01  # single calls, and the seconds before each
 
 
 def time_decode(source: InputSpec, inputs: Sequence[Input]) -> float:
@@ -75,18 +81,33 @@ async def time_stages(
         bench = _Bench(_alone(spec, most), plan, folder, stage)
         feed = [_feed(spec, plan, stage, made, n) for n in sizes]
         rows = {device: await bench.timed(device, feed) for device in dict.fromkeys(devices)}
-        times = {device: [statistics.median(t) for t in one] for device, one in rows.items()}
-        low, middle, high = statistics.quantiles(rows[devices[0]][-1], n=4)
+        times = {device: [statistics.median(t.warm) for t in one] for device, one in rows.items()}
+        after = [statistics.median(t.cold) for t in rows[devices[0]]]
+        low, middle, high = statistics.quantiles(rows[devices[0]][-1].warm, n=4)
         first = times[devices[0]]
         found[stage.name] = StageTimes(
             dict(zip(sizes, first, strict=True)),
             (high - low) / middle,
             tuple(first[-1] / times[device][-1] for device in devices),
+            cold=dict(zip(sizes, after, strict=True)),
+            beside=await bench.beside(devices[0], feed[-1]),
+            takes=GLUE + _operators(folder, stage.name),
+            noise=tuple(
+                t / middle
+                for one, middle in zip(rows[devices[0]], after, strict=True)
+                for t in one.cold
+            ),
         )
         made[stage.name] = await bench.output(devices[0], feed[-1])
         packed = _ratio(made[stage.name])
         found[stage.name] = replace(found[stage.name], ratio=packed)
     return found
+
+
+def _operators(folder: Path, stage: str) -> int:
+    """Return the operators that a call of a stage runs."""
+    graph, _ = stage_files(folder, stage)
+    return len(json.loads(graph.read_text())["nodes"])
 
 
 def _ratio(envelope: Envelope) -> float:
@@ -131,12 +152,32 @@ class _Bench:
     folder: Path
     stage: StagePlan
 
-    async def timed(self, device: str, feed: Sequence[Envelope]) -> list[list[float]]:
-        """Return the seconds of a call, a number for each group of calls, for each envelope."""
+    async def timed(self, device: str, feed: Sequence[Envelope]) -> list[_Timed]:
+        """Return the seconds of a call for each envelope."""
         async with self._running(self.plan, device) as (step, metrics):
-            threads = self.spec.stage(self.stage.path).threads or share(self.spec, self.plan)
-            clock = _clock(self.stage.name, threads, device, metrics)
+            clock = _clock(self.stage.name, self._threads(), device, metrics)
             return [await _timed(step, envelope, clock) for envelope in feed]
+
+    async def beside(self, device: str, envelope: Envelope) -> float:
+        """Return how much longer a call takes while another device computes the same."""
+        if device != "cpu" or cores() < 2 * self._threads():
+            return 1.0
+        item, ratios = Item((), envelope), []
+        one, other = (self._running(self.plan, device) for _ in range(2))
+        async with one as (first, metrics), other as (second, _):
+            clock = _clock(self.stage.name, self._threads(), device, metrics)
+            await asyncio.gather(first([item]), second([item]))
+            for _ in range(PAIRS):
+                took = []
+                for pair in ([first], [first, second]):
+                    began = clock()
+                    await asyncio.gather(*(_calls(step, item, BESIDE) for step in pair))
+                    took.append(clock() - began)
+                ratios.append(took[1] / took[0])
+        return statistics.median(ratios)
+
+    def _threads(self) -> int:
+        return self.spec.stage(self.stage.path).threads or share(self.spec, self.plan)
 
     async def output(self, device: str, envelope: Envelope) -> Envelope:
         """Return what comes out, of all rows: none leaves at an exit."""
@@ -181,21 +222,36 @@ def _powers(most: int) -> list[int]:
     return [1 << k for k in range(most.bit_length())]
 
 
-async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) -> list[float]:
-    """Return the seconds of a call, a number for each group of calls."""
+async def _calls(step: Forward, item: Item, count: int) -> None:
+    for _ in range(count):
+        await step([item])
+
+
+class _Timed(NamedTuple):
+    """Seconds of a call: a number for each group of calls, and for each after a pause."""
+
+    warm: list[float]
+    cold: list[float]
+
+
+async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) -> _Timed:
     item = Item((), envelope)
-    await step([item])
-    began = clock()
-    await step([item])
-    once = max(1e-6, clock() - began)
-    calls = max(1, min(50, round(LEAST / once)))
-    found = []
-    for _ in range(GROUPS if once < 1.0 else 3):
+
+    async def took(calls: int) -> float:
         began = clock()
         for _ in range(calls):
             await step([item])
-        found.append((clock() - began) / calls)
-    return found
+        return (clock() - began) / calls
+
+    await took(1)
+    once = max(1e-6, await took(1))
+    calls = max(1, min(50, round(LEAST / once)))
+    warm = [await took(calls) for _ in range(GROUPS if once < 1.0 else 3)]
+    cold = []
+    for _ in range(PAUSES if once < 1.0 else 1):
+        await asyncio.sleep(PAUSE)
+        cold.append(await took(1))
+    return _Timed(warm, cold)
 
 
 def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[[], float]:

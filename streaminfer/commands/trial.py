@@ -24,7 +24,14 @@ from streaminfer.commands.records import Input
 from streaminfer.errors import StreaminferError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import Plan
-from streaminfer.planning.simulation.simulator import Arrivals, Host, Scenario, StageTimes, summary
+from streaminfer.planning.simulation.simulator import (
+    Arrivals,
+    Host,
+    Scenario,
+    StageTimes,
+    simulate,
+    summary,
+)
 from streaminfer.spec import PipelineSpec
 from streaminfer.transport import Outgoing, Position
 
@@ -41,6 +48,8 @@ __all__ = [
 T = TypeVar("T")
 
 CALIBRATE = 2.0  # seconds of a run
+SPARSE = 30.0  # samples a second that come one by one
+QUICK = 0.001  # seconds of a device call then: whatever, it is not the loop's
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 LONGER = 3  # times that a run to which nothing came back is made twice as long
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
@@ -97,8 +106,9 @@ async def calibrate(
     """Measure what the engine's own event loop costs here, by its thread's CPU time.
 
     Two short runs of this plan, with micro-batches that are full and with some of one sample,
-    scale the reference costs: those by sample, and those by micro-batch. Neither the rate nor a
-    latency of a run goes into it.
+    scale the reference costs: those by sample, and those by micro-batch. What a third run, whose
+    samples come one by one, costs beyond that is what it takes to wake the loop. Neither the rate
+    nor a latency of a run goes into it.
     """
     reference = Host.reference(cores)
     blank = {stage.name: StageTimes({1: 1.0}, leaves=0.5) for stage in plan.stages}
@@ -135,8 +145,18 @@ async def calibrate(
     by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
     if min(by_sample, by_batch) <= 0:
         by_sample = by_batch = len(costs) / float(matrix.sum())
-    scaled = reference.scaled(float(by_sample), float(by_batch))
-    return Calibration(replace(scaled, python=PYTHON), leaves)
+    scaled = replace(reference.scaled(float(by_sample), float(by_batch)), python=PYTHON)
+    sparse = Scenario(
+        cells(spec, plan, {stage.name: StageTimes({1: QUICK}) for stage in plan.stages}),
+        Arrivals(SPARSE, pattern="poisson"),
+        host=scaled,
+        partitions=spec.kafka.partitions,
+        seconds=0.75 * seconds,
+        warm=seconds / 8,
+    )
+    (trial, _, _), foreseen = await patiently(run, sparse), simulate(sparse)
+    wake = max(0.0, trial.host - foreseen.host) / max(1.0, foreseen.wakes)
+    return Calibration(replace(scaled, wake=wake), leaves)
 
 
 def _leaves(metrics: Metrics) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from streaminfer.planning.simulation.events import Clock, Cores, Loop
+from streaminfer.planning.simulation.events import Clock, Cores, Loop, Work
 from streaminfer.planning.simulation.scenario import Host, Link, SimStage
 from streaminfer.planning.simulation.tally import Batch, Tally
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from streaminfer.planning.simulation.road import Worker
 
 __all__ = ["Device", "Machine"]
+
+HELD = 10e-6  # seconds of the interpreter's lock, each time that a device's thread takes it
 
 
 class Machine(NamedTuple):
@@ -27,6 +30,7 @@ class Machine(NamedTuple):
     tally: Tally
     decoders: int  # threads of the ingest's pool
     random: np.random.Generator  # of who leaves at an exit
+    noise: np.random.Generator  # of how long calls take
 
 
 class Device:
@@ -41,6 +45,7 @@ class Device:
     ) -> None:
         self._machine, self._index, self._stage, self._loop = machine, index, stage, loop
         self._seconds = [t / speed for t in stage.table()]
+        self._warming = [t / speed for t in stage.warming()]
         self._calls: deque[tuple[Batch, float, Worker]] = deque()
         self._rows = self._running = 0
         self._ahead: deque[list[tuple[Batch, float, Worker]]] = deque()  # in the thread's queue
@@ -77,17 +82,22 @@ class Device:
     def _launch(self, calls: list[tuple[Batch, float, Worker]]) -> None:
         self._ahead.append(calls)
         if not self._computing:
-            self._compute()
+            self._compute(idle=True)
 
-    def _compute(self) -> None:
+    def _compute(self, *, idle: bool = False) -> None:
         calls = self._ahead.popleft()
         machine, stage, self._computing = self._machine, self._stage, True
         rows = sum(len(batch.sent) for batch, _, _ in calls)
         machine.tally.leave(self._index, rows)
         began = machine.clock.now
-        seconds = self._seconds[min(rows, stage.batch_max)]
-        locked = min(1.0, stage.python / seconds) if seconds else 0.0
-        machine.cores.run(seconds, stage.threads, locked, self._computed, calls, began)
+        size = min(rows, stage.batch_max)
+        seconds = self._seconds[size] + (self._warming[size] if idle else 0.0)
+        if stage.noise:
+            seconds *= stage.noise[machine.noise.integers(len(stage.noise))]
+        locked = min(1.0, stage.takes * HELD / seconds) if seconds else 0.0
+        stretch = seconds / stage.takes if stage.takes else math.inf
+        work = Work(seconds, stage.threads, locked, stretch, stage.beside)
+        machine.cores.run(work, self._computed, calls, began)
 
     def _computed(self, calls: list[tuple[Batch, float, Worker]], began: float) -> None:
         self._computing = False

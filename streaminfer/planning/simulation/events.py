@@ -10,13 +10,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["Clock", "Cores", "Gauge", "Loop"]
+__all__ = ["Clock", "Cores", "Gauge", "Loop", "Work"]
 
 Call = Callable[..., None]
 DONE = 1e-12  # seconds of work that count as none
+SWITCH = 0.005  # seconds after which CPython takes the lock from who has it
+WAKES = 60e-6  # seconds until a thread that waits for the lock runs, if nobody took it again
 
 
 class Clock:
@@ -43,58 +45,123 @@ class Clock:
         self.now = until
 
 
+class Work(NamedTuple):
+    """What a thread does.
+
+    Attributes:
+        seconds: on a core of its own.
+        threads: cores that it keeps busy.
+        locked: 0-1: of the seconds, with the interpreter's lock.
+        stretch: seconds between two times that it takes the lock; inf: it never does; None: the
+            loop, which keeps it.
+        beside: times that it takes as long while another device computes: they share caches.
+    """
+
+    seconds: float
+    threads: int = 1
+    locked: float = 1.0
+    stretch: float | None = None
+    beside: float = 1.0
+
+
 class _Task:
     """Work that is under way."""
 
-    __slots__ = ("args", "call", "left", "python", "threads")
+    __slots__ = ("args", "call", "left", "until", "work")
 
-    def __init__(
-        self, left: float, threads: int, python: float, call: Call, args: tuple[Any, ...]
-    ) -> None:
-        self.left, self.threads, self.python = left, threads, python
-        self.call, self.args = call, args
+    def __init__(self, work: Work, call: Call, args: tuple[Any, ...]) -> None:
+        self.work, self.left, self.call, self.args = work, work.seconds, call, args
+        # seconds of work to where it needs the lock while the loop has it: now, or never
+        self.until = math.inf if work.stretch == math.inf else 0.0
 
 
 class Cores:
-    """Cores shared by all that runs: n threads on c cores each go at min(1, c / n).
+    """Cores and the interpreter's lock, shared by all that runs.
 
-    `python` is the part of a task that needs the interpreter's lock: those parts together are
-    never more than 1, whatever the cores. `count` None: everybody has a core of their own.
+    n threads on c cores each go at min(1, c / n). The event loop keeps the lock for as long as it
+    has something to do: CPython hands it over when the loop sleeps, or after SWITCH seconds. So a
+    device's thread comes to the end of the operator that it is in, and waits:
+
+        loop    ─────██████████─────────        device   ████████··········███████
+                     has the lock                        operators     its next one
+
+    `count` None: everybody has a core, and a lock, of their own.
     """
 
     def __init__(self, clock: Clock, count: float | None) -> None:
         self._clock, self._count = clock, count
         self._tasks: list[_Task] = []
+        self._going: list[_Task] = []
         self._since = 0.0
         self._rate = 1.0
         self._version = 0
+        self._holders = 0  # jobs of the loop that run now: one or none
+        self._opens = 0.0  # when those who wait for the lock run again
+        self._granted = 0.0  # when the others last had the lock
 
-    def run(self, work: float, threads: int, python: float, call: Call, *args: Any) -> None:
-        """Do `work` seconds of work, then call."""
+    def run(self, work: Work, call: Call, *args: Any) -> None:
+        """Do some work, then call."""
         if self._count is None:
-            self._clock.at(self._clock.now + work, call, *args)
+            self._clock.at(self._clock.now + work.seconds, call, *args)
             return
         self._pass()
-        self._tasks.append(_Task(work, threads, python, call, args))
+        if work.stretch is None:
+            self._hold()
+        self._tasks.append(_Task(work, call, args))
         self._plan()
+
+    def _hold(self) -> None:
+        self._holders += 1
+        if self._clock.now > self._opens:  # else nobody else had it in the meantime
+            self._grant()
+
+    def _grant(self) -> None:
+        self._granted = self._clock.now
+        for task in self._tasks:
+            task.until = task.work.stretch or 0.0
+
+    def _goes(self, task: _Task) -> bool:
+        return task.work.stretch is None or task.until > DONE or not self._closed()
+
+    def _closed(self) -> bool:
+        return self._holders > 0 or self._clock.now < self._opens
 
     def _pass(self) -> None:
         now = self._clock.now
         done = (now - self._since) * self._rate
         self._since = now
-        if done:
-            for task in self._tasks:
-                task.left -= done
+        if not done:
+            return
+        for task in self._going:
+            task.left -= done
+            task.until -= done
 
     def _plan(self) -> None:
         self._version += 1
         if not self._tasks or self._count is None:
             return
-        threads = sum(task.threads for task in self._tasks)
-        locked = sum(task.python for task in self._tasks)
-        self._rate = min(1.0, self._count / threads, 1.0 / locked if locked else math.inf)
-        first = min(task.left for task in self._tasks)
-        self._clock.at(self._clock.now + max(0.0, first) / self._rate, self._end, self._version)
+        now, closed = self._clock.now, self._closed()
+        self._going = going = [task for task in self._tasks if self._goes(task)]
+        self._rate = self._speed(going, closed)
+        firsts = [task.left for task in going]
+        if closed:
+            firsts += [task.until for task in going if task.work.stretch is not None]
+        due = now + max(0.0, min(firsts)) / self._rate if firsts else math.inf
+        if self._holders and len(going) < len(self._tasks):
+            due = min(due, max(now, self._granted + SWITCH))
+        elif closed and not self._holders:
+            due = min(due, self._opens)
+        self._clock.at(due, self._end, self._version)
+
+    def _speed(self, going: Sequence[_Task], closed: bool) -> float:
+        """Return how fast they go: by cores, by the lock, by what devices share."""
+        if not going or self._count is None:
+            return 1.0
+        threads = sum(task.work.threads for task in going)
+        locked = 0.0 if closed else sum(task.work.locked for task in going)
+        rate = min(1.0, self._count / threads, 1.0 / locked if locked else math.inf)
+        slow = [task.work.beside for task in going if task.work.beside > 1.0]
+        return rate * len(slow) / sum(slow) if len(slow) > 1 else rate
 
     def _end(self, version: int) -> None:
         if version != self._version:  # somebody came in the meantime: it was planned anew
@@ -102,18 +169,27 @@ class Cores:
         self._pass()
         ended = [task for task in self._tasks if task.left <= DONE]
         self._tasks = [task for task in self._tasks if task.left > DONE]
+        if any(task.work.stretch is None for task in ended):
+            self._holders, self._opens = 0, self._clock.now + WAKES
+        elif self._holders and self._clock.now >= self._granted + SWITCH:
+            self._grant()
         self._plan()
         for task in ended:
             task.call(*task.args)
 
 
 class Loop:
-    """One thread's event loop. A job takes the lock for all of its time, then its call runs."""
+    """One thread's event loop. A job takes the lock for all of its time, then its call runs.
 
-    def __init__(self, clock: Clock, cores: Cores) -> None:
-        self._clock, self._cores = clock, cores
+    The first job after a pause takes `wake` seconds longer.
+    """
+
+    def __init__(self, clock: Clock, cores: Cores, wake: float = 0.0) -> None:
+        self._clock, self._cores, self._wake = clock, cores, wake
         self._jobs: deque[tuple[float, Call, tuple[Any, ...]]] = deque()
         self._working = False
+        self._idle_since = 0.0
+        self.wakes = 0  # times that it began again
         self.busy = 0.0  # seconds of work done
         self.behind = 0.0  # seconds of work that wait
 
@@ -122,6 +198,9 @@ class Loop:
         if not cost and not self._working:
             call(*args)
             return
+        if not self._working and self._clock.now > self._idle_since:
+            self.wakes += 1
+            cost += self._wake
         self._jobs.append((cost, call, args))
         self.behind += cost
         if not self._working:
@@ -131,11 +210,12 @@ class Loop:
         self._working = True
         cost, call, args = self._jobs.popleft()
         self.behind -= cost
-        self._cores.run(cost, 1, 1.0, self._ended, cost, call, args)
+        self._cores.run(Work(cost), self._ended, cost, call, args)
 
     def _ended(self, cost: float, call: Call, args: tuple[Any, ...]) -> None:
         self.busy += cost
         self._working = False
+        self._idle_since = self._clock.now
         call(*args)
         if self._jobs and not self._working:
             self._next()

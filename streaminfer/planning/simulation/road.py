@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 from streaminfer.planning.simulation.device import Device, Machine
-from streaminfer.planning.simulation.events import Loop
+from streaminfer.planning.simulation.events import Loop, Work
 from streaminfer.planning.simulation.scenario import SimStage
 from streaminfer.planning.simulation.tally import Batch, Lane
 
@@ -255,7 +255,8 @@ class Ingest(Worker):
             self._decoders -= 1
             work = len(batch.sent) * host.decode
             if work:
-                self.machine.cores.run(work, 1, host.python, self._decoded, batch)
+                decoding = Work(work, 1, host.python, host.decode)
+                self.machine.cores.run(decoding, self._decoded, batch)
             else:
                 self._decoded(batch)
 

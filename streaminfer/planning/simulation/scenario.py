@@ -41,17 +41,25 @@ class StageTimes:
 
     Attributes:
         seconds: of one device call by batch size, on the first replica's device.
+        cold: the same after a pause, when caches hold other things; {}: no longer.
         spread: (third quartile - first) / median of the groups of calls, at the largest batch.
         speeds: of each replica's device, relative to the first; () if all are alike.
         leaves: 0-1: rows that had their answer at the stage's exit.
         ratio: bytes of its output as they travel ÷ before compression.
+        takes: how often a call takes the interpreter's lock.
+        noise: seconds of single calls ÷ their median.
+        beside: seconds of a call ÷ before, while another device computes the same.
     """
 
     seconds: Mapping[int, float]
     spread: float = 0.0
     speeds: tuple[float, ...] = ()
+    cold: Mapping[int, float] = field(default_factory=dict)
     leaves: float = 0.0
     ratio: float = 1.0
+    takes: float = 0.0
+    noise: tuple[float, ...] = ()
+    beside: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,15 @@ class SimStage:
 
     Attributes:
         seconds: batch size → seconds of one device call; linear between the sizes that are known.
+        cold: by batch size, what a call takes longer whose device stood idle.
         speeds: one relative speed per replica; 2.0 computes in half of `seconds`.
         bytes_out: per sample, as it travels.
         overhead: seconds of the worker's event loop per micro-batch, beside `Host`'s.
         local: it shares a worker with what it reads: no hop.
         threads: cores that one call keeps busy (where `Host.cores` are shared).
-        python: seconds of every call in which the interpreter's lock is held.
+        takes: how often a call takes the interpreter's lock (where `Host.cores` are shared).
+        noise: by what calls take longer or shorter, each as likely as the others; (): all alike.
+        beside: times that a call takes as long while other devices compute, too (`Host.cores`).
         reads: the stages whose output it needs, all of them; None: the one before it.
         bytes_in: per sample, of each that it reads; None: all that they send.
         topic: stages that read the same one are sent what is in it once; "": one of its own.
@@ -97,7 +108,9 @@ class SimStage:
     overhead: float = 0.0
     local: bool = False
     threads: int = 1
-    python: float = 0.0
+    takes: float = 0.0
+    noise: tuple[float, ...] = ()
+    beside: float = 1.0
     reads: tuple[str, ...] | None = None
     bytes_in: tuple[float, ...] | None = None
     topic: str = ""
@@ -109,6 +122,13 @@ class SimStage:
     deadline: float = 30.0
     edge: str = "native"
     encodings: Mapping[str, Encoded] = field(default_factory=dict)
+    cold: Mapping[int, float] = field(default_factory=dict)
+
+    def warming(self) -> list[float]:
+        """Return the seconds that a batch of n takes longer on an idle device, at index n."""
+        known = sorted(self.cold.items()) or [(0, 0.0)]
+        sizes, times = [n for n, _ in known], [t for _, t in known]
+        return [float(t) for t in np.interp(np.arange(self.batch_max + 1), sizes, times)]
 
     def table(self) -> list[float]:
         """Return the seconds of a batch of n samples at index n, 0 to `batch_max`."""
@@ -156,6 +176,7 @@ class Host:
         row: seconds per sample of an envelope, each time it is read or written.
         nbyte: seconds per byte, each time it is read or written.
         call: seconds per device call, to start it and to take its results.
+        wake: seconds of an event loop that had nothing to do, to begin again.
         answer: seconds per sample at the sink.
         settle: seconds per envelope at the sink.
         turn: seconds per poll.
@@ -174,6 +195,7 @@ class Host:
     row: float = 0.0
     nbyte: float = 0.0
     call: float = 0.0
+    wake: float = 0.0
     answer: float = 0.0
     settle: float = 0.0
     turn: float = 0.0

@@ -87,6 +87,7 @@ class Report:
     partial: float = 0.0  # 0-1 of the answers: without some of what a quorum can do without
     failed: float = 0.0  # 0-1 of them: errors, because too little came by a gather's deadline
     events: int = field(compare=False, default=0)
+    wakes: float = field(compare=False, default=0.0)  # of all event loops, a second
 
     def to_json(self) -> dict[str, Any]:
         """Return it for programs; a latency of nothing is null."""
@@ -128,9 +129,9 @@ class _Run:
         decoders = 1 if scenario.host.cores is None else max(1, int(scenario.host.cores) // 2)
         self._machine = Machine(
             self._clock, self._cores, scenario.host, scenario.link, self._tally, decoders,
-            np.random.default_rng((scenario.seed, 2)),
+            np.random.default_rng((scenario.seed, 2)), np.random.default_rng((scenario.seed, 3)),
         )  # fmt: skip
-        self._loops = [Loop(self._clock, self._cores)]
+        self._loops = [Loop(self._clock, self._cores, scenario.host.wake)]
         self._lanes = [Lane(n) for n in range(scenario.partitions)]
         self._tally.lanes = self._lanes
         self._random = np.random.default_rng((scenario.seed, 1))
@@ -215,7 +216,7 @@ class _Run:
     def _loop(self) -> Loop:
         """Return the event loop of one more worker."""
         if self._scenario.host.cores is None:
-            self._loops.append(Loop(self._clock, self._cores))
+            self._loops.append(Loop(self._clock, self._cores, self._scenario.host.wake))
         return self._loops[-1]
 
     # ---- the load ------------------------------------------------------------------------------
@@ -317,6 +318,7 @@ class _Run:
             partial=min(1.0, tally.partial / max(1, len(done))),
             failed=min(1.0, tally.failed / max(1, len(done))),
             events=self._clock.events,
+            wakes=sum(loop.wakes for loop in self._loops) / scenario.seconds,
         )
 
     def _grows(self, answered: int) -> bool:

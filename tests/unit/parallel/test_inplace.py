@@ -48,7 +48,7 @@ class Block(nn.Module):
         return z
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(ACTIVATIONS), st.booleans(), st.integers(1, 5), st.integers(1, 9), st.booleans()
 )

@@ -99,7 +99,7 @@ def test_a_candidate_is_the_scenario_that_its_file_is(
         assert mine.table() == pytest.approx(its.table())
         for key in (
             "name", "speeds", "batch_max", "batch_wait", "bytes_out", "threads", "shares",
-            "device", "local", "balance", "leaves", "overhead", "python",
+            "device", "local", "balance", "leaves", "overhead", "takes",
         ):  # fmt: skip
             assert getattr(mine, key) == getattr(its, key), key
     for key in ("link", "host", "partitions", "window", "sinks", "arrivals"):

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError
+from streaminfer.planning.simulation.device import HELD
+from streaminfer.planning.simulation.events import Clock, Cores, Work
 from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Host,
@@ -211,9 +213,61 @@ def test_an_event_loop_that_all_share_bounds_the_rate() -> None:
 
 
 def test_the_interpreters_lock_bounds_all_threads_together() -> None:
-    road = [stage(name, python=0.010) for name in ("a", "b")]
+    road = [stage(name, takes=0.010 / HELD) for name in ("a", "b")]
     locked = run(*road, window_loop=64, host=Host(cores=4))
     assert locked.throughput == pytest.approx(50.0, rel=0.03)
+
+
+def test_a_device_waits_at_its_next_operator_while_the_loop_works() -> None:
+    """A call of 100 ms: the loop is at work for two thirds of the time."""
+    host = Host(cores=4, answer=0.010)
+    load: dict[str, Any] = {"window_loop": 32, "host": host}
+    free = run(stage("a", 0.0125, batch_max=8), **load)
+    fine = run(stage("a", 0.0125, batch_max=8, takes=1000), **load)
+    coarse = run(stage("a", 0.0125, batch_max=8, takes=2), **load)
+    assert free.throughput == pytest.approx(80.0, rel=0.03)
+    assert free.throughput >= coarse.throughput > 1.2 * fine.throughput
+    assert fine.throughput == pytest.approx(8 / (0.1 + 8 * host.answer), rel=0.1)
+
+
+def test_after_five_milliseconds_the_lock_is_handed_over() -> None:
+    """A loop that never sleeps doesn't stop a device for ever: an operator for every 5 ms."""
+    clock = Clock()
+    cores, ended = Cores(clock, 2), list[float]()
+    cores.run(Work(1.0), lambda: ended.append(clock.now))
+    cores.run(Work(0.010, 1, 0.0, 0.001), lambda: ended.append(clock.now))
+    clock.run(2.0)
+    assert ended == [pytest.approx(0.05 + 0.001, abs=0.006), pytest.approx(1.0)]
+
+
+def test_a_loop_takes_longer_to_begin_again_and_an_idle_device_to_compute() -> None:
+    load: dict[str, Any] = {"rate": 5.0, "seconds": 20.0}
+    host = Host(answer=0.001, cores=2)
+    quick = run(stage("a", batch_wait=0.0), host=host, **load)
+    slow = run(stage("a", batch_wait=0.0), host=replace(host, wake=0.002), **load)
+    cold = run(stage("a", batch_wait=0.0, cold={1: 0.005}), host=host, **load)
+    wakes = quick.wakes / 5.0  # of a sample
+    assert 1.0 <= wakes <= 8.0
+    assert slow.p50 > quick.p50 + 0.002
+    assert slow.host - quick.host == pytest.approx(quick.wakes * 0.002, rel=0.1)
+    assert cold.p50 == pytest.approx(quick.p50 + 0.005, rel=0.05)
+    busy = run(stage("a", cold={1: 0.005}), window_loop=64, host=host)
+    assert busy.throughput == pytest.approx(run(stage("a"), window_loop=64, host=host).throughput)
+
+
+def test_calls_take_longer_and_shorter_as_they_were_measured() -> None:
+    even = run(stage("a"), rate=50.0)
+    noisy = run(stage("a", noise=(0.5, 1.0, 1.0, 1.5)), rate=50.0)
+    assert noisy.p99 > even.p99 + 0.003
+    assert noisy.busy["a"] == pytest.approx(even.busy["a"], rel=0.05)
+
+
+def test_devices_that_compute_at_once_share_caches() -> None:
+    road = [stage(name, beside=1.25) for name in ("a", "b")]
+    shared = run(*road, window_loop=64, host=Host(cores=2))
+    assert shared.throughput == pytest.approx(100 / 1.25, rel=0.03)
+    alone = run(stage("a", beside=1.25), window_loop=64, host=Host(cores=2))
+    assert alone.throughput == pytest.approx(100.0, rel=0.03)
 
 
 # ---- the same again, and far larger ------------------------------------------------------------
