@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streaminfer.parallel import Program, kernels, load
+from streaminfer.parallel import Program, inplace, kernels, load
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.parallel.program import dump
@@ -68,6 +68,29 @@ def test_a_block_keeps_its_bits_and_its_inputs(
         assert torch.equal(found, wanted)
     assert torch.equal(x, before)
     assert all(torch.equal(t, kept[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(4, 16), (5, 16, 7), (3, 16, 1, 1), (2, 16, 3, 5), (2, 16, 3, 4, 5)]
+)
+def test_a_norm_in_place_has_the_bits_of_a_new_one(shape: tuple[int, ...], affine: bool) -> None:
+    batch_norm = torch.ops.aten.batch_norm.default
+    torch.manual_seed(len(shape))
+    mean, variance, scale, shift = torch.randn(16), torch.rand(16), torch.randn(16), torch.randn(16)
+    rest = (scale, shift) if affine else (None, None)
+    rest = (*rest, mean, variance, False, 0.1, 1e-5, True)
+    layouts = [torch.randn(shape)]
+    if len(shape) == 4:
+        layouts.append(layouts[0].contiguous(memory_format=torch.channels_last))
+    for x in layouts:
+        with torch.inference_mode():
+            wanted = batch_norm(x, *rest)
+            mine = x.clone()
+            found = inplace._norm(mine, *rest)
+        assert isinstance(found, torch.Tensor)
+        assert found is mine and torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()
 
 
 def test_what_is_overwritten() -> None:
