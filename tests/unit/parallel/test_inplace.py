@@ -155,7 +155,10 @@ def _stem(bias: bool, pool: nn.Module, activation: nn.Module) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2)])
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, 2))],
+)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("side", [32, 65])
 def test_a_stem_keeps_its_bits_and_its_layout(
