@@ -70,7 +70,7 @@ def _cell(
     return SimStage(
         name=stage.name,
         seconds=times.seconds,
-        cold={n: max(0.0, t - times.seconds[n]) for n, t in times.cold.items()},
+        warming={n: max(0.0, t - times.seconds[n]) for n, t in times.cold.items()},
         speeds=times.speeds or (1.0,) * role.replicas,
         batch_max=batch.max,
         batch_wait=batch.wait,

@@ -239,8 +239,7 @@ async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) 
 
     async def took(calls: int) -> float:
         began = clock()
-        for _ in range(calls):
-            await step([item])
+        await _calls(step, item, calls)
         return (clock() - began) / calls
 
     await took(1)

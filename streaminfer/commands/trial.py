@@ -132,31 +132,31 @@ async def calibrate(
         # of a micro-batch of several rows some leave at an exit and some go on
         each = envelopes / max(1.0, samples) / (1 + exits * (window > spec.kafka.partitions))
         leaves = _leaves(metrics)
-        cost = trial.host / trial.throughput
-        rows.append(
-            [
-                reference.loop_seconds(1, 0, stages, hops),
-                reference.loop_seconds(0, each, stages, hops),
-            ]
-        )
-        costs.append(cost)
-    # relative errors count, and no cost is negative
-    matrix = np.array(rows) / np.array(costs)[:, None]
-    by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
-    if min(by_sample, by_batch) <= 0:
-        by_sample = by_batch = len(costs) / float(matrix.sum())
-    scaled = replace(reference.scaled(float(by_sample), float(by_batch)), python=PYTHON)
+        by_sample = reference.loop_seconds(1, 0, stages, hops)
+        rows.append((by_sample, reference.loop_seconds(0, each, stages, hops)))
+        costs.append(trial.host / trial.throughput)
+    host = _fitted(reference, rows, costs)
     sparse = Scenario(
         cells(spec, plan, {stage.name: StageTimes({1: QUICK}) for stage in plan.stages}),
         Arrivals(SPARSE, pattern="poisson"),
-        host=scaled,
+        host=host,
         partitions=spec.kafka.partitions,
         seconds=0.75 * seconds,
         warm=seconds / 8,
     )
     (trial, _, _), foreseen = await patiently(run, sparse), simulate(sparse)
     wake = max(0.0, trial.host - foreseen.host) / max(1.0, foreseen.wakes)
-    return Calibration(replace(scaled, wake=wake), leaves)
+    return Calibration(replace(host, wake=wake), leaves)
+
+
+def _fitted(reference: Host, rows: Sequence[tuple[float, float]], costs: Sequence[float]) -> Host:
+    """Scale the reference so that its seconds by sample and by micro-batch sum to the costs."""
+    # relative errors count, and no cost is negative
+    matrix = np.array(rows) / np.array(costs)[:, None]
+    by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
+    if min(by_sample, by_batch) <= 0:
+        by_sample = by_batch = len(costs) / float(matrix.sum())
+    return replace(reference.scaled(float(by_sample), float(by_batch)), python=PYTHON)
 
 
 def _leaves(metrics: Metrics) -> dict[str, float]:

@@ -6,7 +6,8 @@
     z = add(y, x)        again, if x has y's type and lies as y does; x stays
 
 A cut makes every operator pure (`mutation`); within a loaded stage, what a cut cannot part any
-more is written over again. Measured on ResNet-50, one thread: 4 % of a forward pass.
+more is written over again. Measured on ResNet-50, one thread: its norms, relus and sums take half
+the time.
 """
 
 from __future__ import annotations

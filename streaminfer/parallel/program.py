@@ -129,11 +129,10 @@ class Program:
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._calls, self._results, self._names = calls, results, names
-        self._size = len(names)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the stage. The inputs must have passed `check_inputs`; they are not written."""
-        slots: list[object] = [*tensors, *[None] * (self._size - len(tensors))]
+        slots = self._slots(tensors)
         with torch.inference_mode():
             for call in self._calls:
                 _run(call, slots)
@@ -149,12 +148,15 @@ class Program:
         What is in the values is what a stage that ends there would give: what is read no more may
         be overwritten.
         """
-        slots: list[object] = [*tensors, *[None] * (self._size - len(tensors))]
+        slots = self._slots(tensors)
         values = Values(slots, self._names)
         with torch.inference_mode():
             for call in self._calls:
                 step(call.name, partial(_run, call, slots), values)
         return self._given(slots)
+
+    def _slots(self, tensors: Sequence[torch.Tensor]) -> list[object]:
+        return [*tensors, *[None] * (len(self._names) - len(tensors))]
 
     def _given(self, slots: Sequence[object]) -> tuple[torch.Tensor, ...]:
         return tuple(slots[slot] for slot in self._results)  # type: ignore[call-overload]

@@ -136,7 +136,8 @@ def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
         walls.append(time.perf_counter() - wall)
         runner.run(inputs, clock=clock)
         clock.collect()
-    nodes = [quartile(seconds, 0.25) for seconds in clock.seconds]
+    # what follows from weights alone may not be run at all
+    nodes = [quartile(seconds, 0.25) if seconds else 0.0 for seconds in clock.seconds]
     low = quartile(totals, 0.25)
     scale = low / max(sum(nodes), 1e-12)
     return Timing(

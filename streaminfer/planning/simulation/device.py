@@ -45,7 +45,7 @@ class Device:
     ) -> None:
         self._machine, self._index, self._stage, self._loop = machine, index, stage, loop
         self._seconds = [t / speed for t in stage.table()]
-        self._warming = [t / speed for t in stage.warming()]
+        self._warming = [t / speed for t in stage.warming_table()]
         self._calls: deque[tuple[Batch, float, Worker]] = deque()
         self._rows = self._running = 0
         self._ahead: deque[list[tuple[Batch, float, Worker]]] = deque()  # in the thread's queue

@@ -95,7 +95,7 @@ class Cores:
         self._since = 0.0
         self._rate = 1.0
         self._version = 0
-        self._holders = 0  # jobs of the loop that run now: one or none
+        self._held = False  # by a job of the loop that runs now
         self._opens = 0.0  # when those who wait for the lock run again
         self._granted = 0.0  # when the others last had the lock
 
@@ -111,7 +111,7 @@ class Cores:
         self._plan()
 
     def _hold(self) -> None:
-        self._holders += 1
+        self._held = True
         if self._clock.now > self._opens:  # else nobody else had it in the meantime
             self._grant()
 
@@ -124,7 +124,7 @@ class Cores:
         return task.work.stretch is None or task.until > DONE or not self._closed()
 
     def _closed(self) -> bool:
-        return self._holders > 0 or self._clock.now < self._opens
+        return self._held or self._clock.now < self._opens
 
     def _pass(self) -> None:
         now = self._clock.now
@@ -147,9 +147,9 @@ class Cores:
         if closed:
             firsts += [task.until for task in going if task.work.stretch is not None]
         due = now + max(0.0, min(firsts)) / self._rate if firsts else math.inf
-        if self._holders and len(going) < len(self._tasks):
+        if self._held and len(going) < len(self._tasks):
             due = min(due, max(now, self._granted + SWITCH))
-        elif closed and not self._holders:
+        elif closed and not self._held:
             due = min(due, self._opens)
         self._clock.at(due, self._end, self._version)
 
@@ -170,8 +170,8 @@ class Cores:
         ended = [task for task in self._tasks if task.left <= DONE]
         self._tasks = [task for task in self._tasks if task.left > DONE]
         if any(task.work.stretch is None for task in ended):
-            self._holders, self._opens = 0, self._clock.now + WAKES
-        elif self._holders and self._clock.now >= self._granted + SWITCH:
+            self._held, self._opens = False, self._clock.now + WAKES
+        elif self._held and self._clock.now >= self._granted + SWITCH:
             self._grant()
         self._plan()
         for task in ended:

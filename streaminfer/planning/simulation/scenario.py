@@ -77,7 +77,7 @@ class SimStage:
 
     Attributes:
         seconds: batch size → seconds of one device call; linear between the sizes that are known.
-        cold: by batch size, what a call takes longer whose device stood idle.
+        warming: by batch size, the seconds that a call takes longer whose device stood idle.
         speeds: one relative speed per replica; 2.0 computes in half of `seconds`.
         bytes_out: per sample, as it travels.
         overhead: seconds of the worker's event loop per micro-batch, beside `Host`'s.
@@ -122,11 +122,11 @@ class SimStage:
     deadline: float = 30.0
     edge: str = "native"
     encodings: Mapping[str, Encoded] = field(default_factory=dict)
-    cold: Mapping[int, float] = field(default_factory=dict)
+    warming: Mapping[int, float] = field(default_factory=dict)
 
-    def warming(self) -> list[float]:
+    def warming_table(self) -> list[float]:
         """Return the seconds that a batch of n takes longer on an idle device, at index n."""
-        known = sorted(self.cold.items()) or [(0, 0.0)]
+        known = sorted(self.warming.items()) or [(0, 0.0)]
         sizes, times = [n for n, _ in known], [t for _, t in known]
         return [float(t) for t in np.interp(np.arange(self.batch_max + 1), sizes, times)]
 

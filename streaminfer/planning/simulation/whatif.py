@@ -218,7 +218,11 @@ def _stage(stage: SimStage, key: str, value: str) -> SimStage:
     if key == "seconds":
         if match := FACTOR.match(value):
             factor = float(match[1])
-            return replace(stage, seconds={n: t * factor for n, t in stage.seconds.items()})
+            seconds, warming = (
+                {n: t * factor for n, t in times.items()}
+                for times in (stage.seconds, stage.warming)
+            )
+            return replace(stage, seconds=seconds, warming=warming)
         return replace(stage, seconds={stage.batch_max: read(value)})
     if key == "speed":
         speeds = tuple(_value(value, speed, read) for speed in stage.speeds)

@@ -245,13 +245,13 @@ def test_a_loop_takes_longer_to_begin_again_and_an_idle_device_to_compute() -> N
     host = Host(answer=0.001, cores=2)
     quick = run(stage("a", batch_wait=0.0), host=host, **load)
     slow = run(stage("a", batch_wait=0.0), host=replace(host, wake=0.002), **load)
-    cold = run(stage("a", batch_wait=0.0, cold={1: 0.005}), host=host, **load)
+    cold = run(stage("a", batch_wait=0.0, warming={1: 0.005}), host=host, **load)
     wakes = quick.wakes / 5.0  # of a sample
     assert 1.0 <= wakes <= 8.0
     assert slow.p50 > quick.p50 + 0.002
     assert slow.host - quick.host == pytest.approx(quick.wakes * 0.002, rel=0.1)
     assert cold.p50 == pytest.approx(quick.p50 + 0.005, rel=0.05)
-    busy = run(stage("a", cold={1: 0.005}), window_loop=64, host=host)
+    busy = run(stage("a", warming={1: 0.005}), window_loop=64, host=host)
     assert busy.throughput == pytest.approx(run(stage("a"), window_loop=64, host=host).throughput)
 
 
