@@ -148,6 +148,7 @@ def verify(
         list[str] | None, typer.Argument(metavar="[FILES|DIRS]", help="Real input; else random.")
     ] = None,
     plan: PlanDir = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     random_weights: Random = False,
     trust: Trust = False,
     as_json: Json = False,
@@ -155,7 +156,8 @@ def verify(
     """Prove that the cut model gives what the whole model gives."""
     from streaminfer import commands
 
-    report = commands.verify(_load(pipeline).trusted(trust), images or [], plan, random_weights)
+    spec = _load(pipeline).trusted(trust)
+    report = commands.verify(spec, images or [], plan, random_weights, device)
     typer.echo(report.to_json()) if as_json else commands.print_verified(report)
     if not report.holds:
         raise typer.Exit(1)

@@ -53,15 +53,22 @@ def warn(text: str) -> None:
 
 
 def verify(
-    spec: PipelineSpec, images: Sequence[str], folder: Path | None, random_weights: bool
+    spec: PipelineSpec,
+    images: Sequence[str],
+    folder: Path | None,
+    random_weights: bool,
+    device: str = "cpu",
 ) -> VerifyReport:
     """Compare the cut model with the whole one, on real images or random input."""
     from streaminfer.planning.verify import verify as compare
+    from streaminfer.runtime.compute import device_of
     from streaminfer.runtime.postprocess import batch_of
 
+    there = device_of(device, "--device")
     where, _ = plan_of(spec, folder, random_weights)
     values = [value for _, value in files(images)]
-    return compare(spec, where, images=batch_of(values, spec.input) if values else None)
+    batch = batch_of(values, spec.input) if values else None
+    return compare(spec, where, images=batch, device=there)
 
 
 def print_verified(report: VerifyReport) -> None:

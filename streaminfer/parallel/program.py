@@ -29,6 +29,7 @@ from streaminfer.parallel.calls import Call, Slot
 from streaminfer.parallel.inplace import overwriting
 from streaminfer.parallel.kernels import quicker, with_quick_stem
 from streaminfer.parallel.operators import arguments, name_of, resolve
+from streaminfer.parallel.replay import Replay
 from streaminfer.parallel.signature import DTYPES, Port, dtype_name
 
 if TYPE_CHECKING:
@@ -126,12 +127,20 @@ class Program:
         calls: Sequence[Call],
         results: Sequence[object],
         names: Mapping[str, Slot],
+        device: torch.device,
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._calls, self._results, self._names = calls, results, names
+        self._by = Replay(self._all, device) if device.type == "cuda" else self._all
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the stage. The inputs must have passed `check_inputs`; they are not written."""
+        """Run the stage. The inputs must have passed `check_inputs`; they are not written.
+
+        On a GPU the next run may write over what this one gave.
+        """
+        return self._by(tensors)
+
+    def _all(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         slots = self._slots(tensors)
         with torch.inference_mode():
             for call in self._calls:
@@ -279,6 +288,7 @@ class _Loader:
             self._with_deaths(calls),
             results,
             self._slots,
+            self._device,
         )
 
     def _define(self, name: str) -> Slot:

@@ -33,6 +33,11 @@ class Inputs:
         named = {name: tensor[rows] for name, tensor in self.kwargs.items()}
         return Inputs(tuple(tensor[rows] for tensor in self.args), named)
 
+    def to(self, device: torch.device) -> Inputs:
+        """Return them on a device."""
+        named = {name: tensor.to(device) for name, tensor in self.kwargs.items()}
+        return Inputs(tuple(tensor.to(device) for tensor in self.args), named)
+
     def into(self, model: nn.Module) -> object:
         """Call a model."""
         return model(*self.args, **self.kwargs)

@@ -24,24 +24,28 @@ __all__ = ["reference"]
 Whole = Callable[[Inputs], Sequence[Tensor]]
 Make = Callable[[ModelSpec], nn.Module]
 _Head = Callable[[Inputs, list[Tensor]], list[Tensor]]
+CPU = torch.device("cpu")
 
 
-def reference(spec: PipelineSpec, *, random_weights: bool = False) -> Whole:
-    """Return the function of a batch that the stages of a plan must compute.
+def reference(
+    spec: PipelineSpec, *, random_weights: bool = False, device: torch.device = CPU
+) -> Whole:
+    """Return the function of a batch on a device that the stages of a plan must compute.
 
     Raises ConfigError if a model cannot be made.
     """
     base = spec.path.parent if spec.path else None
 
     def make(model: ModelSpec) -> nn.Module:
-        return make_model(model, base, random_weights=random_weights, trust=spec.trust)
+        made = make_model(model, base, random_weights=random_weights, trust=spec.trust)
+        return made.to(device)
 
     *_, last = spec.stages
-    whole = _model(spec, make) if spec.model else None
+    whole = _model(spec, make, device) if spec.model else None
     if not last.branches:
         assert whole is not None  # noqa: S101 - the spec's checks
         return whole
-    return _ensemble(spec, last, make, whole)
+    return _ensemble(spec, last, make, whole, device)
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -49,13 +53,13 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(inputs.into(model)) if isinstance(leaf, Tensor)]
 
 
-def _model(spec: PipelineSpec, make: Make) -> Whole:
+def _model(spec: PipelineSpec, make: Make, device: torch.device) -> Whole:
     assert spec.model is not None  # noqa: S101 - asked by the caller
     model = make(spec.model)
     split = spec.stages[0].split
     if split and split.reduce != "exact":
         return _tiles(model, split.grid or (1, 1), split.reduce, classes=spec.output.top_k > 0)
-    heads = _exits(spec, spec.model, model, make)
+    heads = _exits(spec, spec.model, model, make, device)
 
     def run(batch: Inputs) -> Sequence[Tensor]:
         outputs = _outputs(model, batch)
@@ -94,12 +98,13 @@ def _exits(
     declared: ModelSpec,
     model: nn.Module,
     make: Make,
+    device: torch.device,
 ) -> list[_Head]:
     """Return, for every exit, what puts its answers in the place of the model's."""
     exits = [stage for stage in spec.stages if stage.exit is not None]
     if not exits:
         return []
-    given = example_inputs(declared)
+    given = example_inputs(declared).to(device)
     cutter = Cutter(capture(model, given.args, given.kwargs))
     found = []
     for stage in exits:
@@ -107,7 +112,7 @@ def _exits(
         until = (stage.until,) if stage.until else ()
         last = cutter.cuts(until)[0] if until else len(cutter.captured.nodes) - 1
         graph = cutter.stage(0, last)
-        trunk = load(dump(graph), graph.weights)
+        trunk = load(dump(graph), graph.weights, device)
         head = make(exit_model(stage.exit, graph.outputs[0]))
         found.append(_exit(trunk, head, stage.exit.threshold))
     return found
@@ -127,11 +132,13 @@ def _ensemble(
     stage: StageSpec,
     make: Make,
     trunk: Whole | None,
+    device: torch.device,
 ) -> Whole:
     models = [make(branch.model) for branch in stage.branches]
     if stage.fuse in FUSES:
         weights = [branch.weight for branch in stage.branches]
-        fuse: nn.Module = Fuse(stage.fuse, weights, classes=spec.output.top_k > 0)
+        fused = Fuse(stage.fuse, weights, classes=spec.output.top_k > 0)
+        fuse: nn.Module = fused.to(device)
     else:
         fuse = make(ModelSpec(factory=stage.fuse, example=(1,)))
 
@@ -139,7 +146,7 @@ def _ensemble(
         inputs = Inputs(tuple(trunk(batch))) if trunk else batch
         values = [_outputs(model, inputs)[0] for model in models]
         if isinstance(fuse, Fuse):
-            values = [torch.ones(len(batch), len(values)), *values]
+            values = [torch.ones(len(batch), len(values), device=values[0].device), *values]
         return _outputs(fuse, Inputs(tuple(values)))
 
     return run

@@ -22,6 +22,8 @@ from streaminfer.spec import ModelSpec, PipelineSpec
 
 __all__ = ["VerifyReport", "verify"]
 
+CPU = torch.device("cpu")
+
 # A value rounded to 16 bits is off by at most this much of itself. In int8 it is off by half a
 # step, 0.5 / 127 of the largest value under its scale, which is some 4 times a usual one:
 # measured, the error of int8 is 3 to 4 times that of bfloat16, whose rounding is the same 2⁻⁸.
@@ -64,8 +66,9 @@ def verify(
     *,
     images: torch.Tensor | None = None,
     batch_sizes: Sequence[int] = (1, 2, 3, 8),
+    device: torch.device = CPU,
 ) -> VerifyReport:
-    """Compare the stages of a plan directory with the whole model, on the CPU.
+    """Compare the stages of a plan directory with the whole model, all on one device.
 
     Native edges must give the same bits at the same batch size and number of threads; where a
     stage is split, within 1e-5 of the largest output. An edge of 16 or 8 bits rounds what crosses
@@ -79,6 +82,7 @@ def verify(
         images: real input of the model's one argument, float32 [n, *example]; None: seeded random
             input.
         batch_sizes: compared one by one; images beyond the largest follow in batches of it.
+        device: where both compute. On a GPU in full float32: what TF32 rounds is not the cut's.
 
     Raises:
         PlanError: there is no plan, or it is not of this spec.
@@ -91,14 +95,15 @@ def verify(
             where=str(plan_folder),
             hint="build it again: streaminfer build PIPELINE",
         )
-    model = reference(spec, random_weights=plan.random_weights)
-    programs = _Programs(plan, plan_folder)
+    model = reference(spec, random_weights=plan.random_weights, device=device)
+    programs = _Programs(plan, plan_folder, device)
     native = plan.model_copy(
         update={"stages": tuple(s.model_copy(update={"edge": Edge()}) for s in plan.stages)}
     )
     tally = _Tally()
-    with torch.inference_mode(), _plain_attention():
-        for batch in _batches(spec, images, batch_sizes):
+    with torch.inference_mode(), _plain_attention(), _full_float32():
+        for rows in _batches(spec, images, batch_sizes):
+            batch = rows.to(device)
             whole = model(batch)
             tally.add(whole, programs.run(plan, batch))
             tally.add_uncast(whole, programs.run(native, batch))
@@ -118,6 +123,18 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(value=before)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Let a GPU multiply float32 with all of its bits; torch's default rounds for convolutions."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def _batches(
@@ -141,10 +158,11 @@ def _one(model: ModelSpec, images: torch.Tensor) -> Inputs:
 class _Programs:
     """The stages of a plan directory, run in one process as workers run them."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self._stages = {s.name: _load(stage_files(folder, s.name)) for s in plan.stages}
+    def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
+        self._device = device
+        self._stages = {s.name: _load(stage_files(folder, s.name), device) for s in plan.stages}
         exits = [s for s in plan.stages if s.exit is not None]
-        self._exits = {s.name: _load(exit_files(folder, s.name)) for s in exits}
+        self._exits = {s.name: _load(exit_files(folder, s.name), device) for s in exits}
 
     def run(self, plan: Plan, batch: Inputs) -> list[torch.Tensor]:
         """Run all: cast for the edge, made contiguous, cast back, checked."""
@@ -171,17 +189,17 @@ class _Programs:
             return [tensor.contiguous() for tensor in batch.ports(self._stages[stage.name].inputs)]
         given = {name: made[s.stage][name] for s in stage.sources for name in s.tensors}
         sent = cast(given, stage.edge.dtype)
-        sent.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources)))
+        sent.setdefault(PRESENT, torch.ones(len(batch), len(stage.sources), device=self._device))
         return [uncast(p.name, sent, DTYPES[p.dtype]).contiguous() for p in stage.inputs]
 
 
-def _load(files: tuple[Path, Path]) -> Program:
+def _load(files: tuple[Path, Path], device: torch.device) -> Program:
     graph, file = files
     try:
         document = graph.read_bytes()
     except OSError as error:
         raise PlanError(f"cannot read a stage: {error}", where=str(graph)) from None
-    return load(document, weights.read(file))
+    return load(document, weights.read(file), device)
 
 
 class _Tally:

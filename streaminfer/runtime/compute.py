@@ -73,9 +73,8 @@ def _exit(plan: Plan, folder: Path, stage: StagePlan, device: torch.device) -> E
     )
 
 
-def device_of(text: str) -> torch.device:
+def device_of(text: str, where: str = "stages.device") -> torch.device:
     """Return the device, if this machine has it. Raises ConfigError with those it has."""
-    device = torch.device(text)
     there = ["cpu"]
     there += [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available()
@@ -84,10 +83,10 @@ def device_of(text: str) -> torch.device:
         near = difflib.get_close_matches(wanted, there, 1, 0) or there
         raise ConfigError(
             f"no device {text!r} on this machine; it has: {', '.join(there)}",
-            where="stages.device",
-            hint=f"device: {near[0]}",
+            where=where,
+            hint=f"{where.rpartition('.')[2]}: {near[0]}",
         )
-    return device
+    return torch.device(wanted)
 
 
 def share(spec: PipelineSpec, plan: Plan) -> int:

@@ -16,12 +16,20 @@ from typing import Literal
 import torch
 
 from streaminfer.cast import cast, uncast
-from streaminfer.errors import ComputeError, OutOfMemory, SampleError, SchemaError, StreaminferError
+from streaminfer.errors import (
+    ComputeError,
+    ConfigError,
+    OutOfMemory,
+    SampleError,
+    SchemaError,
+    StreaminferError,
+)
 from streaminfer.metrics import StageMetrics
 from streaminfer.parallel import Program, check_inputs
 from streaminfer.plan import StagePlan, TensorSpec
 from streaminfer.runtime.rows import DTYPES, NAMES, as_bytes, select, view
 from streaminfer.runtime.speed import measured
+from streaminfer.runtime.staging import off, onto
 from streaminfer.spec import BatchSpec
 from streaminfer.wire import SCALE, Envelope, Failure, Tensor, compress, decompress
 
@@ -78,19 +86,39 @@ class Device:
         self._exit: Program | None = None
 
     def warm(self) -> None:
-        """Load the weights and run batches of zeros."""
+        """Load the weights and run batches of zeros; a batch that finds no room is halved.
+
+        Raises ConfigError if the device's memory is not enough for the weights and one sample.
+        """
         torch.set_num_threads(self._stage.threads)
-        self._program = self._stage.load()
-        if self._stage.exit is not None:
-            self._exit = self._stage.exit.load()
         shapes = [spec.shape[1:] for spec in self._stage.plan.inputs]
-        if any(n is None for shape in shapes for n in shape):
-            return  # sizes that only the data settles
-        for rows in (1, self.limit):  # the first batch of a size makes the kernels choose
-            self._forward(self._zeros(rows))
+        try:
+            self._program = self._stage.load()
+            if self._stage.exit is not None:
+                self._exit = self._stage.exit.load()
+            if any(n is None for shape in shapes for n in shape):
+                return  # sizes that only the data settles
+            self._forward(self._zeros(1))  # the first batch of a size makes the kernels choose
+        except torch.OutOfMemoryError as error:
+            name, device = self._stage.plan.path, self._stage.device
+            raise ConfigError(
+                f"stage {name!r}: {device} has no room for its weights and one sample: {error}",
+                where="stages.device",
+                hint="cut it into smaller stages (streaminfer plan --memory), or split it",
+            ) from error
+        self._find_room()
         if self._timed:
             rows = self.limit
             self.speed = measured(rows, lambda: self._forward(self._zeros(rows)))
+
+    def _find_room(self) -> None:
+        """Run the largest batch that the memory is enough for, and remember its size."""
+        while self.limit > 1:
+            try:
+                self._forward(self._zeros(self.limit))
+                return
+            except torch.OutOfMemoryError:
+                self.limit //= 2
 
     def _zeros(self, rows: int) -> Outputs:
         return {
@@ -181,7 +209,7 @@ class Device:
                 outputs = {name: value[~leaving.rows] for name, value in outputs.items()}
             if self._stage.after is not None:
                 outputs = self._stage.after(outputs)
-            return _on_cpu(cast(outputs, self._stage.out_dtype)), leaving
+            return off(cast(outputs, self._stage.out_dtype)), leaving
 
     def _leave(self, outputs: Outputs) -> _Leaving | None:
         head = self._stage.exit
@@ -191,7 +219,7 @@ class Device:
         rows = logits.float().softmax(1).amax(1) >= head.threshold
         if not rows.any():
             return None
-        return _Leaving(rows, _on_cpu(head.answer(logits[rows])))
+        return _Leaving(rows, off(head.answer(logits[rows])))
 
     def _load(self, spec: TensorSpec, envelopes: Sequence[Envelope]) -> torch.Tensor:
         """Bring one input of all envelopes onto the device, as one batch, in the model's dtype."""
@@ -205,7 +233,7 @@ class Device:
             found = ", ".join(missing[0].tensors) or "none"
             raise SchemaError(f"the envelope has no tensor {name!r}; it has: {found}")
         parts = [view(decompress(envelope.tensors[name])) for envelope in envelopes]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._stage.device)
+        return onto(parts, self._stage.device)
 
     def _unload(
         self, outputs: Outputs, leaving: _Leaving | None, envelopes: Sequence[Envelope]
@@ -248,10 +276,6 @@ class _Leaving:
 
     rows: torch.Tensor
     answers: Outputs
-
-
-def _on_cpu(tensors: Outputs) -> Outputs:
-    return {name: value.to("cpu").contiguous() for name, value in tensors.items()}
 
 
 def _split(tensors: Outputs, rows: Sequence[int]) -> list[Outputs]:

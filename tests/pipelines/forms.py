@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,8 @@ class Form:
     made: Made | None = None  # models that were made before, instead of others as they
 
     @cached_property
-    def _planned(self) -> tuple[Any, Any, Any]:
+    def planned(self) -> tuple[Any, Any, Any]:
+        """Its spec, the plan's folder and the plan."""
         spec = load(self.file, environ={})
         where, plan = plan_of(spec, self.folder / "plan", self.random_weights)
         return spec, where, plan
@@ -107,13 +108,17 @@ class Form:
     def report(self) -> VerifyReport:
         """What `streaminfer verify` says of it."""
         sizes = (2,) if self.random_weights else (1, 3, 8)
-        with self.made.instead() if self.made else nullcontext():
-            spec, where, _ = self._planned
+        with self.making():
+            spec, where, _ = self.planned
             return verify(spec, where, batch_sizes=sizes)
+
+    def making(self) -> AbstractContextManager[None]:
+        """Take models that were made before, where there are any."""
+        return self.made.instead() if self.made else nullcontext()
 
     def check_topology(self) -> None:
         """Raise AssertionError if a worker keeps what a stage elsewhere waits for."""
-        spec, _, plan = self._planned
+        spec, _, plan = self.planned
         for worker in build(spec, plan).workers:
             for stage in worker.stages[:-1]:
                 takers = {taker.name for taker, _ in plan.consumers(stage)}
@@ -127,14 +132,14 @@ class Form:
     @cached_property
     def whole(self) -> Tensor:
         """What the uncut models say of the images: logits or raw outputs."""
-        spec, _, _ = self._planned
+        spec, _, _ = self.planned
         with torch.inference_mode():
             batch = batch_of([value for _, value in self.images], spec.input)
             return reference(spec)(Inputs((batch,)))[0]
 
     async def answers(self, kafka: str | None) -> list[Prediction]:
         """Run every worker in this process, on the memory bus or on Kafka."""
-        spec, where, plan = self._planned
+        spec, where, plan = self.planned
         if kafka is None:
             pipeline = LocalPipeline(spec, plan, where)
         else:
@@ -146,7 +151,7 @@ class Form:
     def check(self, answers: Sequence[Prediction]) -> None:
         """Raise AssertionError unless these are the answers of the uncut models, one each."""
         assert [a.id for a in answers] == [name for name, _ in self.images]
-        spec, _, plan = self._planned
+        spec, _, plan = self.planned
         for answer, row in zip(answers, self.whole, strict=True):
             assert answer.status == "ok", answer.error
             assert answer.raw["partial"] is False

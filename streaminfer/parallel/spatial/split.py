@@ -318,7 +318,7 @@ class _Tiling:
         whole = {node.name: Output(tile.take(node, node.name), port(node)) for node in self._inputs}
         outputs: dict[str, Output] = {}
         for k, part in enumerate(parts):
-            wanted = {port.name for port in part.inputs}
+            wanted = {taken.name for taken in part.inputs}
             outputs |= {name: output for name, output in whole.items() if name in wanted}
             for node in self._inputs:
                 if self._name(node, k) in wanted:
@@ -333,10 +333,10 @@ class _Tiling:
         survey, tile = self._survey, Tile(self._captured)
         through = {node: tile.take(node, node.name) for node in carried}
         made = {
-            port.name: tile.take_part(port)
+            given.name: tile.take_part(given)
             for part in parts
-            for port in part.outputs
-            if port.name not in {node.name for node in carried}
+            for given in part.outputs
+            if given.name not in {node.name for node in carried}
         }
         for node in self._stitched:
             tile.put(

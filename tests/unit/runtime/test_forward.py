@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
 from streaminfer.parallel import Program
 from streaminfer.plan import StagePlan, TensorSpec
@@ -156,6 +157,32 @@ async def test_too_large_for_the_memory_is_halved_and_remembered() -> None:
         tried = len(fake.sizes)
         assert rows(await step([item(8, [1] * 8)])) == dict.fromkeys(range(8, 16), 2.0)
     assert max(fake.sizes[tried:]) <= 3, "what did not fit is not tried again"
+
+
+async def test_a_batch_that_finds_no_room_at_the_start_is_halved_before_anything_comes() -> None:
+    class Small(Fake):
+        def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if len(tensors[0]) > 3:
+                raise torch.OutOfMemoryError("no room")
+            return super().__call__(*tensors)
+
+    fake = Small()
+    async with forward(fake) as step:
+        assert rows(await step([item(0, [1] * 8)])) == dict.fromkeys(range(8), 2.0)
+    assert fake.sizes == [2] * 4
+
+
+async def test_a_device_without_room_for_one_sample_is_named() -> None:
+    def none(_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    class No(Fake):
+        def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self.compute(*tensors),)
+
+    with pytest.raises(ConfigError, match=r"'s1': cpu has no room[^$]*--memory"):
+        async with forward(No(none)):
+            pass
 
 
 async def test_what_is_late_costs_no_compute() -> None:
