@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
+
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from streaminfer.errors import WireError
 from streaminfer.wire.codec import encode, encoded_size
@@ -98,10 +99,10 @@ def records(
     values = split(buffers, max_bytes)
     if len(values) == 1:
         return [(head, values[0])]
-    crc = 0
-    for buffer in buffers:
-        crc = zlib.crc32(buffer, crc)
-    chunk = Chunk(new_id(), 0, len(values), encoded_size(buffers), crc)
+    whole = xxh3_64()
+    for value in values:
+        whole.update(value)
+    chunk = Chunk(new_id(), 0, len(values), encoded_size(buffers), whole.intdigest())
     return [((*head, chunk_header(chunk._replace(k=k))), v) for k, v in enumerate(values)]
 
 
@@ -152,26 +153,31 @@ class _Set(Generic[PositionT]):
     origin: Origin
     head: Chunk
     size: int  # of every chunk but the last
-    buffer: bytearray
     missing: list[Interval]  # of its origin's, not in a message that came whole since
     positions: list[PositionT] = field(default_factory=list)
-    held: set[int] = field(default_factory=set)
-    crc: int = 0
-    summed: int = 0  # chunks in `crc`: all, if they come in order
+    held: dict[int, Buffer] = field(default_factory=dict)
+    sum: xxh3_64 = field(default_factory=xxh3_64)
+    summed: int = 0  # chunks in `sum`: all, if they come in order
     heard: float = 0.0  # when its last chunk came
     later: int = 0  # whole messages since
 
     def put(self, k: int, value: Buffer, now: float) -> None:
         self.heard, self.later = now, 0
-        start = k * self.size
-        self.buffer[start : start + len(value)] = value
-        self.held.add(k)
+        self.held[k] = value
         if k == self.summed:
-            self.crc = zlib.crc32(value, self.crc)
+            self.sum.update(value)
             self.summed += 1
 
-    def checksum(self) -> int:
-        return self.crc if self.summed == self.head.n else zlib.crc32(self.buffer)
+    def joined(self) -> bytearray:
+        """Return the message. Raises WireError if it is not the one that was sent."""
+        whole = bytearray().join(self.held[k] for k in range(self.head.n))
+        in_order = self.summed == self.head.n
+        found = self.sum.intdigest() if in_order else xxh3_64_intdigest(whole)
+        if found != self.head.checksum:
+            raise WireError(
+                f"message {self.head.id}: checksum does not match, its bytes were damaged"
+            )
+        return whole
 
 
 @dataclass(slots=True)
@@ -212,8 +218,9 @@ class Assembler(Generic[PositionT]):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory of the open sets."""
-        return sum(len(s.buffer) for source in self._sources.values() for s in source.sets.values())
+        """Bytes that came of the open sets."""
+        held = [s for source in self._sources.values() for s in source.sets.values()]
+        return sum(len(value) for one in held for value in one.held.values())
 
     def held_positions(self, topic: str, partition: int) -> tuple[PositionT, ...]:
         """Return what was added of this topic partition and not yet handed back, rising."""
@@ -311,18 +318,17 @@ class Assembler(Generic[PositionT]):
             current.positions.append(position)
             self._evict(source)
             return Added()
-        if current.checksum() != chunk.crc:
-            raise WireError(f"message {chunk.id}: checksum does not match, its bytes were damaged")
+        whole = current.joined()
         positions = (*source.close(chunk.id), position)
-        return self._whole(source, origin, positions, current.buffer)
+        return self._whole(source, origin, positions, whole)
 
     def _open(self, origin: Origin, chunk: Chunk, size: int) -> _Set[PositionT]:
-        """Start a set; memory is taken once the claim has passed."""
+        """Start a set, if its claim makes sense."""
         if chunk.total > self.max_bytes:
             raise WireError(f"message of {chunk.total} bytes: over the limit of {self.max_bytes}")
         if not (chunk.n - 1) * size < chunk.total <= chunk.n * size:
             raise WireError(f"{chunk.n} chunks of {size} bytes are no {chunk.total} bytes")
-        return _Set(origin, chunk, size, bytearray(chunk.total), list(origin.intervals()))
+        return _Set(origin, chunk, size, list(origin.intervals()))
 
     def _evict(self, source: _Source[PositionT]) -> None:
         if len(source.sets) <= self.max_sets:

@@ -1,13 +1,13 @@
 """The headers of a record on an inner topic: what it is of, told without decoding it.
 
     content-type   application/vnd.streaminfer.activation
-    si-schema      activation/1
+    si-schema      activation/2
     si-plan        the plan's digest
     si-origin      <input partition>:<first>:<last>:<ingest incarnation>
     si-gaps        <from>-<to>,…   offsets in [first, last] that are none of its samples'; if any
     si-part        <k>:<n>         part k of n of the micro-batch; if n > 1
     si-sender      whose output it is; if there is one
-    si-chunk       <id>:<k>:<n>:<total bytes>:<crc32 hex>   chunk k of n of a message; if n > 1
+    si-chunk       <id>:<k>:<n>:<total bytes>:<xxh3 hex>   chunk k of n of a message; if n > 1
 
 All numbers are decimal ASCII. Unknown headers are left alone, so that others may add theirs.
 """
@@ -38,14 +38,14 @@ __all__ = [
 Headers: TypeAlias = tuple[tuple[str, bytes], ...]
 
 CONTENT_TYPE = b"application/vnd.streaminfer.activation"
-SCHEMA = b"activation/1"
+SCHEMA = b"activation/2"
 INT64 = 2**63 - 1
 
 _ORIGIN = re.compile(rb"(\d{1,10}):(\d{1,19}):(\d{1,19}):([!-~]{0,64})")
 _GAP = re.compile(rb"(\d{1,19})-(\d{1,19})")
 _SENDER = re.compile(rb"([!-~]{1,255})")
 _PART = re.compile(rb"(\d{1,4}):(\d{1,4})")
-_CHUNK = re.compile(rb"([!-9;-~]{1,64}):(\d{1,10}):(\d{1,10}):(\d{1,19}):([0-9a-f]{8})")
+_CHUNK = re.compile(rb"([!-9;-~]{1,64}):(\d{1,10}):(\d{1,10}):(\d{1,19}):([0-9a-f]{16})")
 
 
 class Origin(NamedTuple):
@@ -69,13 +69,13 @@ class Origin(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Chunk `k` of `n` of the message `id`, which has `total` bytes and the checksum `crc`."""
+    """Chunk `k` of `n` of the message `id`, which has `total` bytes and, as XXH3, `checksum`."""
 
     id: str
     k: int
     n: int
     total: int
-    crc: int
+    checksum: int  # of 64 bits
 
 
 def headers(envelope: Envelope) -> Headers:
@@ -103,7 +103,7 @@ def headers(envelope: Envelope) -> Headers:
 
 def chunk_header(chunk: Chunk) -> tuple[str, bytes]:
     """Return the header that makes a record a chunk."""
-    text = f"{chunk.id}:{chunk.k}:{chunk.n}:{chunk.total}:{chunk.crc:08x}"
+    text = f"{chunk.id}:{chunk.k}:{chunk.n}:{chunk.total}:{chunk.checksum:016x}"
     return "si-chunk", text.encode()
 
 
@@ -133,7 +133,7 @@ def read_chunk(fields: Mapping[str, bytes]) -> Chunk | None:
         )
     if "si-chunk" not in fields:
         return None
-    match = _match(_CHUNK, fields, "si-chunk", "<id>:<k>:<n>:<total bytes>:<crc32>")
+    match = _match(_CHUNK, fields, "si-chunk", "<id>:<k>:<n>:<total bytes>:<xxh3>")
     k, n, total = (int(group) for group in match.groups()[1:4])
     if n < 2 or k >= n:
         raise WireError(f"header si-chunk: no chunk {k} of {n}")

@@ -84,7 +84,7 @@ GOLDEN_HEX = (
 )
 GOLDEN_HEADERS = (
     ("content-type", b"application/vnd.streaminfer.activation"),
-    ("si-schema", b"activation/1"),
+    ("si-schema", b"activation/2"),
     ("si-plan", DIGEST.encode()),
     ("si-origin", b"5:117:121:7f3a"),
     ("si-gaps", b"119-119"),

@@ -273,10 +273,10 @@ def test_a_tombstone_is_broken() -> None:
 @pytest.mark.parametrize(
     ("chunk", "says"),
     [
-        (b"a:0:3:99999999:00000000", "over the limit"),
-        (b"a:0:3:600:00000000", "3 chunks of 300 bytes are no 600"),
-        (b"a:0:3:901:00000000", "3 chunks of 300 bytes are no 901"),
-        (b"a:0:9999999999:900:00000000", "chunks of 300 bytes"),
+        (b"a:0:3:99999999:0000000000000000", "over the limit"),
+        (b"a:0:3:600:0000000000000000", "3 chunks of 300 bytes are no 600"),
+        (b"a:0:3:901:0000000000000000", "3 chunks of 300 bytes are no 901"),
+        (b"a:0:9999999999:900:0000000000000000", "chunks of 300 bytes"),
     ],
 )
 def test_a_claim_is_checked_before_memory_is_taken(chunk: bytes, says: str) -> None:
@@ -384,10 +384,11 @@ def test_a_forgotten_partition_is_read_again_from_its_start() -> None:
     assert reader.held_positions("t", 0) == ()
 
 
-def test_held_bytes_are_those_of_the_open_sets() -> None:
+def test_held_bytes_are_what_came_of_the_open_sets() -> None:
     log = Log()
-    chunks = records(envelope(10, 9, ROW), 300)
-    log.send(chunks[0])
-    assert log.reader.held_bytes == sum(len(value) for _, value in chunks)
-    log.send(*chunks[1:])
+    *chunks, last = records(envelope(10, 9, ROW), 300)
+    for k, chunk in enumerate(chunks):
+        log.send(chunk)
+        assert log.reader.held_bytes == sum(len(value) for _, value in chunks[: k + 1])
+    log.send(last)
     assert log.reader.held_bytes == 0

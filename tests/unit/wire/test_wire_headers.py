@@ -81,10 +81,10 @@ def test_an_origin_that_makes_no_sense_is_refused(name: str, value: bytes) -> No
     [
         b"",
         b"a:0:2:10",
-        b"a:0:1:10:00000000",
-        b"a:2:2:10:00000000",
+        b"a:0:1:10:0000000000000000",
+        b"a:2:2:10:0000000000000000",
         b"a:0:2:10:0",
-        b"a:0:2:-1:00000000",
+        b"a:0:2:-1:0000000000000000",
     ],
 )
 def test_a_chunk_that_makes_no_sense_is_refused(value: bytes) -> None:
@@ -101,7 +101,7 @@ def test_missing_headers_are_named() -> None:
 
 def test_another_schema_says_what_to_do() -> None:
     with pytest.raises(WireError, match="one release on all workers"):
-        read_chunk({**GOOD, "si-schema": b"activation/2"})
+        read_chunk({**GOOD, "si-schema": b"activation/1"})
 
 
 def test_an_envelope_of_outcomes_speaks_for_the_failed_alone() -> None:
