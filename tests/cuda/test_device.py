@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -120,6 +121,22 @@ def test_what_waits_for_the_gpu_is_run_without_a_recording() -> None:
         x = torch.randn(2, 3).to(GPU)
         assert torch.equal(replay([x])[0], x * float(x.sum()))
     assert not replay._graphs
+
+
+def test_devices_record_and_drop_side_by_side() -> None:
+    """Two at once ended the process: torch's list of recordings has no lock."""
+
+    def work(seed: int) -> None:
+        for _ in range(6):
+            replay = Replay(lambda tensors: (tensors[0] * seed + 1,), torch.device(GPU))
+            for rows in range(1, KEPT + 3):
+                x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)).to(GPU)
+                for _ in range(OFTEN + 2):
+                    assert torch.equal(replay([x])[0].clone(), x * seed + 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, seed) for seed in range(1, 5)]:
+            done.result()
 
 
 @pytest.mark.usefixtures("little_memory")
