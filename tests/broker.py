@@ -58,6 +58,8 @@ PROPERTIES: Mapping[str, str] = {
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
 }
+# The files of an empty log by name, of brokers with such properties of their own.
+_FORMATTED: dict[tuple[tuple[str, str], ...], Mapping[str, bytes]] = {}
 
 
 class Unavailable(Exception):
@@ -74,6 +76,7 @@ class Broker:
     def __init__(self, folder: Path, properties: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self._class_path = f"{jars()}/*"
+        self._properties = tuple(sorted((properties or {}).items()))
         plain, secure, controller = (f"127.0.0.1:{port}" for port in _free_ports(3))
         self.address, self.secure_address = plain, secure
         listeners = f"PLAINTEXT://{plain}"
@@ -107,12 +110,7 @@ class Broker:
     def start(self) -> None:
         """Start it, for the first time or again, and wait until it has stored a record."""
         if not (self.folder / "data").exists():
-            # The first byte 0 makes it start with A: a leading dash would be taken for an option.
-            cluster = urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
-            tool = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
-            done = subprocess.run(self._java(*tool), capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"cannot format the log:\n{done.stdout}{done.stderr}")
+            self._format()
         with (self.folder / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._config)), stdout=log, stderr=log
@@ -123,6 +121,22 @@ class Broker:
                 tail = (self.folder / "broker.log").read_text(errors="replace")[-2000:]
                 raise Unavailable(f"the broker does not come up:\n{tail}")
             time.sleep(0.1)
+
+    def _format(self) -> None:
+        """Make an empty log: with Kafka's tool, which is a JVM of its own, or as it made one."""
+        data = self.folder / "data"
+        if made := _FORMATTED.get(self._properties):
+            data.mkdir()
+            for name, content in made.items():
+                (data / name).write_bytes(content)
+            return
+        # The first byte 0 makes it start with A: a leading dash would be taken for an option.
+        cluster = urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
+        tool = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._config)]
+        done = subprocess.run(self._java(*tool), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"cannot format the log:\n{done.stdout}{done.stderr}")
+        _FORMATTED[self._properties] = {file.name: file.read_bytes() for file in data.iterdir()}
 
     def kill(self) -> None:
         """End it with SIGKILL: no flush, no goodbye."""

@@ -155,7 +155,7 @@ class Bus:
             yield pipeline
 
 
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
+@pytest.fixture(scope="module", params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
 def bus(request: pytest.FixtureRequest) -> Bus:
     if request.param == "memory":
         return Bus("memory")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from stages.digits.demo import uncut
 from stages.digits.images import scans
-from streaminfer import Prediction
+from streaminfer import Client, Prediction
 from streaminfer.client import connect
 from streaminfer.errors import RecordTooLarge
 from streaminfer.spec.file import load
@@ -19,13 +21,19 @@ from streaminfer.transport import Outgoing
 from tests.corpus import corpus, tensor_corpus
 from tests.e2e.conftest import Bus, digits_file
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
 
 
-async def test_every_scan_is_answered_once_as_the_whole_model_would(bus: Bus, folder: Path) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(bus: Bus, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Client]:
+    """One pipeline on each bus, for all tests that only send it something else."""
+    async with bus.running(digits_file(tmp_path_factory.mktemp("stream"))) as client:
+        yield client
+
+
+async def test_every_scan_is_answered_once_as_the_whole_model_would(client: Client) -> None:
     images = scans()
-    async with bus.running(digits_file(folder)) as client:
-        answers = [a async for a in client.stream((name, value) for name, _, value in images)]
+    answers = [a async for a in client.stream((name, value) for name, _, value in images)]
     assert [a.id for a in answers] == [name for name, _, _ in images]
     assert len({(a.source.partition, a.source.offset) for a in answers}) == len(images)
     assert {a.status for a in answers} == {"ok"}
@@ -36,24 +44,22 @@ async def test_every_scan_is_answered_once_as_the_whole_model_would(bus: Bus, fo
             assert label.score == pytest.approx(float(row[label.index]), abs=2e-6)
 
 
-async def test_answers_of_one_partition_come_in_the_order_of_its_records(
-    bus: Bus, folder: Path
-) -> None:
-    images = scans()[:300]
-    async with bus.running(digits_file(folder)) as client:
-        watched: list[Prediction] = []
+async def test_answers_of_one_partition_come_in_the_order_of_its_records(client: Client) -> None:
+    images = [(f"ordered-{name}", value) for name, _, value in scans()[:300]]
+    watched: list[Prediction] = []
 
-        async def watch() -> None:
-            async with aclosing(client.watch(from_beginning=True)) as answers:
-                async for answer in answers:
+    async def watch() -> None:
+        async with aclosing(client.watch(from_beginning=True)) as answers:
+            async for answer in answers:
+                if answer.id.startswith("ordered-"):
                     watched.append(answer)
-                    if len(watched) == len(images):
-                        return
+                if len(watched) == len(images):
+                    return
 
-        watching = asyncio.create_task(watch())
-        async for _ in client.stream((name, value) for name, _, value in images):
-            pass
-        await asyncio.wait_for(watching, 90)
+    watching = asyncio.create_task(watch())
+    async for _ in client.stream(images):
+        pass
+    await asyncio.wait_for(watching, 90)
     order = defaultdict(list)
     for answer in watched:
         order[answer.source.partition].append(answer.source.offset)
@@ -62,27 +68,26 @@ async def test_answers_of_one_partition_come_in_the_order_of_its_records(
         assert offsets == sorted(offsets)
 
 
-async def test_every_odd_or_broken_input_has_its_one_outcome(bus: Bus, folder: Path) -> None:
+async def test_every_odd_or_broken_input_has_its_one_outcome(client: Client) -> None:
     """What is broken is an error of its own; the good images around it go through untouched."""
     cases = [c for c in corpus((1, 8, 8)) if c.name != "60 MB"]
     odd = {"image to a tensor pipeline", "empty value"}  # fine here; an empty image is above
     cases += [c for c in tensor_corpus((1, 8, 8)) if c.outcome == "error" and c.name not in odd]
     good = scans()[: len(cases)]
-    async with bus.running(digits_file(folder)) as client:
-        sent: list[tuple[str, str, str | None, asyncio.Task[Prediction]]] = []
-        for case, (name, _, value) in zip(cases, good, strict=True):
-            if case.outcome == "none":
-                await client.send(None, id=case.name)
-            else:
-                bad = client.predict(case.value or b"", id=case.name, headers=case.headers)
-                sent.append((case.name, case.outcome, case.kind, asyncio.create_task(bad)))
-            fine = client.predict(value, id=name)
-            sent.append((name, "ok", None, asyncio.create_task(fine)))
-        for name, outcome, kind, task in sent:
-            answer = await task
-            assert answer.id == name
-            assert answer.status == outcome, f"{name}: {answer.error}"
-            assert (answer.error.kind if answer.error else None) == kind, name
+    sent: list[tuple[str, str, str | None, asyncio.Task[Prediction]]] = []
+    for case, (name, _, value) in zip(cases, good, strict=True):
+        if case.outcome == "none":
+            await client.send(None, id=case.name)
+        else:
+            bad = client.predict(case.value or b"", id=case.name, headers=case.headers)
+            sent.append((case.name, case.outcome, case.kind, asyncio.create_task(bad)))
+        fine = client.predict(value, id=name)
+        sent.append((name, "ok", None, asyncio.create_task(fine)))
+    for name, outcome, kind, task in sent:
+        answer = await task
+        assert answer.id == name
+        assert answer.status == outcome, f"{name}: {answer.error}"
+        assert (answer.error.kind if answer.error else None) == kind, name
 
 
 async def test_a_body_beyond_the_limit_is_refused_or_answered(bus: Bus, folder: Path) -> None:
@@ -115,10 +120,9 @@ async def test_a_body_beyond_the_limit_is_refused_or_answered(bus: Bus, folder: 
         assert (await client.predict(value, id=name)).status == "ok"
 
 
-async def test_meta_and_deadlines_travel(bus: Bus, folder: Path) -> None:
+async def test_meta_and_deadlines_travel(client: Client) -> None:
     name, label, value = scans()[0]
-    async with bus.running(digits_file(folder)) as client:
-        answer = await client.predict(value, id=name, meta={"camera": "7"}, deadline_ms=60_000)
-        assert (answer.status, answer.meta, answer.top1.index) == ("ok", {"camera": "7"}, label)
-        bad = await client.predict(value, id="late", headers=(("si-deadline-ms", b"soon"),))
-        assert bad.error is not None and "si-deadline-ms" in bad.error.message
+    answer = await client.predict(value, id=name, meta={"camera": "7"}, deadline_ms=60_000)
+    assert (answer.status, answer.meta, answer.top1.index) == ("ok", {"camera": "7"}, label)
+    bad = await client.predict(value, id="late", headers=(("si-deadline-ms", b"soon"),))
+    assert bad.error is not None and "si-deadline-ms" in bad.error.message

@@ -22,7 +22,7 @@ __all__ = ["answered", "planned", "streaminfer", "work_in"]
 
 
 def work_in(folder: Path, model: str, patch: pytest.MonkeyPatch) -> Path:
-    """Go to a folder with model.py; measure little, and keep it however busy the machine is."""
+    """Go to a folder with model.py; measure and foresee little, and keep it on a busy machine."""
     patch.chdir(folder)
     patch.setattr(profiler, "BUSY", float("inf"))
     patch.setattr("streaminfer.commands.planning.BATCHES", (1, 2))
@@ -30,6 +30,9 @@ def work_in(folder: Path, model: str, patch: pytest.MonkeyPatch) -> Path:
     patch.setattr("streaminfer.planning.profiler.cores", lambda: 2)
     patch.setattr("streaminfer.commands.tryout.SECONDS", 0.3)
     patch.setattr("streaminfer.commands.engine.SECONDS", 0.2)
+    patch.setattr("streaminfer.commands.timing.LEAST", 0.002)
+    patch.setattr("streaminfer.planning.forecast.MANY", 500)
+    patch.setattr("streaminfer.planning.forecast.RANDOM", 500)
     (folder / "model.py").write_text(model)
     return folder
 

@@ -7,6 +7,7 @@ is how micro-batches form, wait, merge and come back.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_the_engine_does_what_is_predicted(
 def test_the_json_has_the_same_keys_for_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "CALIBRATE", 0.5)
+    monkeypatch.setattr(trial, "calibrate", partial(trial.calibrate, seconds=0.5))
     spec = digits(tmp_path)
     outcome = asked(
         spec, tmp_path, rate=20.0, seconds=4.0, check=True, what_if=["trunk.seconds=2x"]

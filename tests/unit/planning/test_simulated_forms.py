@@ -6,6 +6,7 @@ Each form is timed, calibrated, simulated and run; the clock is the program's ow
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(trial, "CALIBRATE", 0.5)
+    monkeypatch.setattr(trial, "calibrate", partial(trial.calibrate, seconds=0.5))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
