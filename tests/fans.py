@@ -10,11 +10,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from streaminfer.errors import CaptureError
 from streaminfer.parallel import check_inputs, load, weights
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.fan import Fan
 from streaminfer.parallel.pipeline import Cutter, StageGraph
 from streaminfer.parallel.program import dump
+from streaminfer.parallel.tensor import channels_problem, split_channels
+from streaminfer.parallel.tensor.layout import Form
 
 Tensors = Mapping[str, Tensor]
 Span = tuple[int, int]  # positions of a stage's first and last node
@@ -128,6 +131,20 @@ def assert_held_once(cutter: Cutter, stage: Span, fan: Fan, layers: Sequence[str
         assert max(t.numel() for t in slices) < whole[name].numel() / n * 2
         assert not any(name in graph.weights for graph in (*fan.parts, fan.gather))
         assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in slices)
+
+
+def assert_refused_or_equal(cutter: Cutter, stage: Span, parts: int, form: Form) -> None:
+    """Check that a split has the numbers of the whole (of float64), or says why there is none."""
+    problem = channels_problem(cutter, *stage, parts, form)
+    try:
+        fan = split_channels(cutter, *stage, parts, form)
+    except CaptureError as error:
+        assert problem
+        assert problem in error.message
+        assert error.hint
+        return
+    assert not problem
+    assert difference(cutter, stage, fan, rows=(2,)) <= 1e-12
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -148,14 +148,19 @@ def print_cuts(rows: Sequence[CutRow]) -> None:
     table = Table(
         title="a stage may end with (until:)",
         caption="split, of the layers since the row above: C by channels, T in exact tiles; "
-        "…T from the model's beginning to here",
+        "…C of the whole layer, …T from the model's beginning to here",
     )
     table.add_column("layer")
     for name in ("tensors", "bytes per image", "weights before"):
         table.add_column(name, justify="right")
     table.add_column("split")
     for row in rows:
-        marks = (("C", row.channels), ("T", row.tiles), ("…T", row.tiles_up_to_here))
+        marks = (
+            ("C", row.channels),
+            ("…C", row.channels_of_layer),
+            ("T", row.tiles),
+            ("…T", row.tiles_up_to_here),
+        )
         split = " ".join(mark if works else " " * len(mark) for mark, works in marks)
         table.add_row(
             row.layer, str(row.tensors), f"{row.nbytes:,}", f"{row.weights_before:.0%}", split

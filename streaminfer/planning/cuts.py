@@ -26,7 +26,8 @@ class CutRow(NamedTuple):
     """A legal cut behind a layer. `nbytes`: per image, as the edge's dtype `native` sends it.
 
     `channels` and `tiles` are of the stage from the cut before (the row above) to this one,
-    `tiles_up_to_here` of the model's beginning to this cut.
+    `channels_of_layer` of the layer with all that is in it, as attention or a block; not where that
+    is the same. `tiles_up_to_here` is of the model's beginning to this cut.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class CutRow(NamedTuple):
     nbytes: int
     weights_before: float  # share of all weight bytes, 0 to 1
     channels: bool  # split: {by: channels, parts: 2} works
+    channels_of_layer: bool
     tiles: bool  # split: {by: tiles, grid: [2, 2]} works, exactly
     tiles_up_to_here: bool
 
@@ -76,6 +78,8 @@ def list_cuts(
     first = 0
     for cut, name in cuts:
         seen(len(rows), len(cuts))
+        before = cutter.captured.layers.find(name).first - 1
+        begins = max((row.position + 1 for row in rows if row.position <= before), default=0)
         row = CutRow(
             layer=name,
             position=cut,
@@ -83,6 +87,7 @@ def list_cuts(
             nbytes=cutter.row_bytes(cut),
             weights_before=weights[cut] / weights[-1] if weights[-1] else 0.0,
             channels=not channels_problem(cutter, first, cut, PARTS),
+            channels_of_layer=begins < first and not channels_problem(cutter, begins, cut, PARTS),
             tiles=not tiles_problem(cutter, first, cut, GRID),
             tiles_up_to_here=not tiles_problem(cutter, 0, cut, GRID),
         )

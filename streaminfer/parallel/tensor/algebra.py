@@ -10,7 +10,7 @@ The classic chain (Megatron-LM's column- then row-parallel layers), for two part
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -19,9 +19,12 @@ from streaminfer.parallel.tensor.placement import (
     Call,
     Env,
     NeedsWholeError,
+    Origin,
     Partial,
+    Placement,
     RefusedError,
     Sharded,
+    Share,
     Step,
     Take,
     Whole,
@@ -29,7 +32,6 @@ from streaminfer.parallel.tensor.placement import (
     even,
     operator_name,
     shape_of,
-    width,
 )
 from streaminfer.parallel.tensor.pointwise import alongside, is_pointwise, pointwise
 from streaminfer.parallel.tensor.shapes import linear_step, sharded_step
@@ -54,7 +56,7 @@ def step(node: fx.Node, env: Env) -> Step:
         try:
             return weighted(node, env)
         except NeedsWholeError as error:
-            raise RefusedError(node, str(error)) from None
+            raise RefusedError(node, str(error), error.instead) from None
     name = operator_name(node)
     if name in _RULES:
         return _RULES[name](node, env)
@@ -96,8 +98,8 @@ def _per_channel(node: fx.Node, env: Env, names: tuple[str, ...]) -> Step:
     if not isinstance(place, Sharded) or place.dim != 1:
         raise NeedsWholeError("it needs all channels of its input")
     calls = []
-    for ranges in place.ranges:
-        taken = {n: Take(given[n], 0, ranges, own=True) for n in names if given[n] is not None}
+    for share in place.shares():
+        taken = {n: Take(given[n], 0, share, own=True) for n in names if given[n] is not None}
         calls.append(Call.of(node, **taken))
     return Step(place, tuple(calls))
 
@@ -114,10 +116,10 @@ def _group_norm(node: fx.Node, env: Env) -> Step:
     if not isinstance(place, Sharded) or place.dim != 1 or groups < env.parts:
         raise NeedsWholeError("it needs all channels of its input")
     size = shape_of(given["input"])[1] // groups
-    if any(end % size for part in place.ranges for ends in part for end in ends):
+    if place.parts_any(size):
         env.realign(place, size, f"its groups of {size} channels would be parted")
     calls = _per_channel(node, env, ("weight", "bias")).parts
-    counts = [width(ranges) // size for ranges in place.ranges]
+    counts = [share.of(size * groups) // size for share in place.shares()]
     return Step(place, tuple(c.but(num_groups=n) for c, n in zip(calls, counts, strict=True)))
 
 
@@ -142,16 +144,32 @@ def _cat(node: fx.Node, env: Env) -> Step:
     pieces: list[list[object]] = [[] for _ in range(env.parts)]
     for n, place in zip(values, places, strict=True):
         size = shape_of(n)[dim]
-        if isinstance(place, Whole) and size < env.parts:
-            raise NeedsWholeError(f"{size} channels are too few for {env.parts} parts")
-        shards = place.ranges if isinstance(place, Sharded) else even(size, env.parts)
-        for i, ranges in enumerate(shards):
-            held[i] += [(a + offset, b + offset) for a, b in ranges]
-            pieces[i].append(n if isinstance(place, Sharded) else Take(n, dim, ranges))
+        for i, share in enumerate(_shares(place, size, env)):
+            blocks = range(offset, offset + size, share.size)
+            held[i] += [(at + a, at + b) for at in blocks for a, b in share.ranges]
+            pieces[i].append(n if isinstance(place, Sharded) else Take(n, dim, share))
         offset += size
-    origins: frozenset[fx.Node] = frozenset().union(*[place.origins for place in sharded])
+    origins: frozenset[Origin] = frozenset().union(*[place.origins for place in sharded])
     moved = Sharded(dim, tuple(tuple(ranges) for ranges in held), origins)
     return Step(moved, tuple(Call.of(node, tensors=piece) for piece in pieces))
+
+
+def _shares(place: Placement, size: object, env: Env) -> tuple[Share, ...]:
+    """Return the parts' shares of what is concatenated: of what is whole, as even ones as can be.
+
+    Raises:
+        NeedsWholeError: its size follows from the number of rows, or it has too few channels.
+    """
+    if not isinstance(size, int):
+        raise NeedsWholeError("it concatenates along the rows")
+    if isinstance(place, Sharded):
+        return place.shares()
+    if size < env.parts:
+        raise NeedsWholeError(f"{size} channels are too few for {env.parts} parts")
+    return Sharded(0, even(size, env.parts)).shares()
+
+
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def _attention(node: fx.Node, env: Env) -> Step:
@@ -162,17 +180,67 @@ def _attention(node: fx.Node, env: Env) -> Step:
     unfit = mask is not None and not isinstance(env[mask], Whole)
     if unfit or any(not isinstance(env[n], Sharded) for n in three) or given["enable_gqa"]:
         raise NeedsWholeError("it needs query, key and value split by heads")
-    cut = alongside(node, env)
-    if isinstance(cut.placement, Sharded) and cut.placement.dim >= len(shape_of(node)) - 2:
+    return _by_heads(node, env, three)
+
+
+def _product(node: fx.Node, env: Env) -> Step:
+    """Multiply matrices [..., m, k] and [..., k, n] that are split before the last two."""
+    _refuse_sums(node, env)
+    return _by_heads(node, env, node.all_input_nodes)
+
+
+def _by_heads(node: fx.Node, env: Env, operands: Sequence[fx.Node]) -> Step:
+    """Give each part whole matrices; where both factors follow from the split, equally many.
+
+    Raises:
+        NeedsWholeError: the matrices themselves are split, or there are not as many for each part.
+    """
+    if any(len(shape_of(n)) < 2 for n in operands):
+        raise NeedsWholeError("it multiplies by a vector")
+    split = [(n, place) for n in operands if isinstance(place := env[n], Sharded)]
+    inside = any(place.dim >= len(shape_of(n)) - 2 for n, place in split)
+    shape = shape_of(node)
+    if len(split) > 1 and (not inside or len(shape) > 2):
+        _refuse_uneven(_fixed(shape[-3]) if inside else split[0][1].size, env.parts)
+    if inside:
         raise NeedsWholeError("it needs all of each head")
-    return cut
+    return alongside(node, env)
+
+
+def _fixed(size: object) -> int:
+    """Return a size, for one row where it is a multiple of the rows: [rows · heads, …]."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr.as_coeff_Mul()[0])  # type: ignore[attr-defined]
+
+
+def _expand_as(node: fx.Node, env: Env) -> Step:
+    _refuse_sums(node, env)
+    return alongside(node, env)
+
+
+def _refuse_sums(node: fx.Node, env: Env) -> None:
+    if any(isinstance(env[n], Partial) for n in node.all_input_nodes):
+        raise NeedsWholeError("it needs the sum of what the parts hold")
+
+
+def _refuse_uneven(heads: int, parts: int) -> None:
+    if heads % parts:
+        fit = [n for n in range(2, heads + 1) if heads % n == 0]
+        nearest = ([n for n in fit if n < parts][-1:], [n for n in fit if n > parts][:1])
+        why = f"{heads} heads do not divide among {parts} parts"
+        raise NeedsWholeError(why, tuple(n for found in nearest for n in found))
 
 
 _RULES: dict[str, Callable[[fx.Node, Env], Step]] = {
+    "baddbmm": _product,
     "batch_norm": _batch_norm,
+    "bmm": _product,
     "cat": _cat,
+    "expand_as": _expand_as,
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
+    "matmul": _product,
     "prelu": _prelu,
     "scaled_dot_product_attention": _attention,
 }

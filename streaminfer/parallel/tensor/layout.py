@@ -7,9 +7,8 @@ whole ends the parts. No layer with weights may come behind that end; so a stage
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx
@@ -29,7 +28,6 @@ from streaminfer.parallel.tensor.placement import (
     Sharded,
     Step,
     Whole,
-    even,
     label,
     shape_of,
 )
@@ -60,7 +58,7 @@ def lay_out(cutter: Cutter, first: int, last: int, parts: int, form: Form) -> La
         RefusedError: the algebra forbids it.
     """
     if parts < 2:
-        raise RefusedError(None, f"{parts} is no number of parts", 2)
+        raise RefusedError(None, f"{parts} is no number of parts", (2,))
     nodes = tuple(n for n in cutter.captured.nodes[first : last + 1] if n not in cutter.free)
     begins = next((n for n in nodes if is_weighted(n)), None)
     if begins is None:
@@ -94,7 +92,7 @@ def _propagate(
     if form == "in" or (contracted(begins) and groups_of(begins) > 1):
         for seed in _seeds(cutter, first, begins, parts):
             try:
-                found = _settle(nodes, dict([seed]), parts)
+                found = _settle(nodes, Env(parts, {}, {}), seed)
             except RefusedError as error:
                 behind = error.node is not begins and error.node in nodes
                 refused = error if behind else refused
@@ -102,7 +100,7 @@ def _propagate(
             if isinstance(found[0].get(_input_of(begins)), Sharded):
                 return found
     if form == "auto":
-        return _settle(nodes, {}, parts)
+        return _settle(nodes, Env(parts, {}, {}))
     why = "no input of the stage gives it its input channels in shards"
     raise refused or RefusedError(begins, why)
 
@@ -114,8 +112,8 @@ def _input_of(layer: fx.Node) -> fx.Node:
 
 def _seeds(
     cutter: Cutter, first: int, begins: fx.Node, parts: int
-) -> Iterator[tuple[fx.Node, Sharded]]:
-    """Yield an input of the stage, in shards, that may become the input of its first layer."""
+) -> Iterator[tuple[fx.Node, int]]:
+    """Yield an input of the stage that may become the first layer's, and where to split it."""
     inputs, seen, todo = set(cutter.inputs(first)), set(), [_input_of(begins)]
     while todo:
         node = todo.pop()
@@ -129,25 +127,40 @@ def _seeds(
         for dim in dict.fromkeys((1, len(shape) - 1)):
             # what is laid out otherwise is sent so only as a whole
             if 0 < dim < len(shape) and shape[dim] >= parts and node.meta["val"].is_contiguous():
-                yield node, Sharded(dim, even(shape[dim], parts), frozenset({node}))
+                yield node, dim
 
 
-def _settle(nodes: Sequence[fx.Node], seed: Mapping[fx.Node, Sharded], parts: int) -> _Pass:
-    """Propagate; where shards end in the wrong places, choose them anew."""
-    units: dict[fx.Node, int] = {}
+def _settle(nodes: Sequence[fx.Node], env: Env, seed: tuple[fx.Node, int] | None = None) -> _Pass:
+    """Propagate; where shards end in the wrong places, choose them anew.
+
+    Smaller blocks are tried, where an operator asks for them, before it is left behind the parts:
+
+        rows of one layer      2 parts, even        at `unbind` into q, k, v: 3 blocks
+        q0 q1 │ k0 k1 │ v0 v1  q0 q1 k0 · k1 v0 v1  q0 k0 v0 · q1 k1 v1
+
+    Raises:
+        RefusedError: nothing that was tried is possible; says why the smallest blocks are not.
+    """
+    refused: RefusedError | None = None
     while True:
-        seeded: dict[fx.Node, Placement] = {}
-        for node, place in seed.items():
-            unit = units.get(node, 1)
-            if place.size % unit or place.size // unit < parts:
-                raise RefusedError(node, f"{place.size} channels in blocks of {unit} are too few")
-            ranges = even(place.size, parts, unit)
-            seeded[node] = Sharded(place.dim, ranges, frozenset({node}))
+        placements: dict[fx.Node, Placement] = {}
         try:
-            return _run(nodes, Env(parts, seeded, units), seeded)
+            if seed is not None:
+                node, dim = seed
+                placements[node] = env.choose(node, dim, shape_of(node)[dim])
+            return _run(nodes, replace(env, placements=placements), placements)
+        except RefusedError as error:
+            raise refused or error from None
         except RealignError as asked:
-            for node in asked.origins:
-                units[node] = math.lcm(units.get(node, 1), asked.unit)
+            finer = replace(env, grains={**env.grains, **asked.wanted})
+            if not asked.deeper:
+                env = finer
+                continue
+            try:
+                return _settle(nodes, finer, seed)
+            except RefusedError as error:
+                refused = refused or error
+            env = replace(env, final=env.final | asked.wanted.keys())
 
 
 def _run(nodes: Sequence[fx.Node], env: Env, placements: dict[fx.Node, Placement]) -> _Pass:
@@ -159,7 +172,7 @@ def _run(nodes: Sequence[fx.Node], env: Env, placements: dict[fx.Node, Placement
         if joined is not None:
             if is_weighted(node):
                 why = f"the parts end before it, at {label(joined.cause)}: {joined.why}"
-                raise RefusedError(node, why)
+                raise RefusedError(node, why, joined.instead)
             placements[node] = joined
         elif is_weighted(node) or not all(isinstance(place, Whole) for place in places):
             try:
@@ -168,7 +181,7 @@ def _run(nodes: Sequence[fx.Node], env: Env, placements: dict[fx.Node, Placement
                 steps[node] = step(node, env)
                 placements[node] = steps[node].placement
             except NeedsWholeError as error:
-                placements[node] = Joined(node, str(error))
+                placements[node] = Joined(node, str(error), error.instead)
     return placements, steps
 
 

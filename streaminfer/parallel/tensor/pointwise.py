@@ -15,8 +15,8 @@ from streaminfer.parallel.tensor.placement import (
     Env,
     NeedsWholeError,
     Partial,
-    Ranges,
     Sharded,
+    Share,
     Step,
     Take,
     Whole,
@@ -59,42 +59,50 @@ def alongside(node: fx.Node, env: Env) -> Step:
     """Apply an operator that keeps the split dimension to what each part has of its operands."""
     place = _common(node, env)
 
-    def of_part(ranges: Ranges) -> Call:
+    def of_part(share: Share) -> Call:
         def taken(leaf: object) -> Any:
-            return _cut(leaf, place, ranges, node, env) if isinstance(leaf, fx.Node) else leaf
+            return _cut(leaf, place.dim, share, node, env) if isinstance(leaf, fx.Node) else leaf
 
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), taken)
         return Call(node.target, args, kwargs)
 
-    return Step(place, tuple(of_part(ranges) for ranges in place.ranges))
+    return Step(place, tuple(of_part(share) for share in place.shares()))
 
 
 def _common(node: fx.Node, env: Env) -> Sharded:
     """Return the shards that all Sharded operands have, as dimensions of the result."""
     rank = len(shape_of(node))
     found = [
-        place.scaled(place.dim + rank - len(shape_of(n)), 1)
+        place.moved(place.dim + rank - len(shape_of(n)))
         for n in node.all_input_nodes
         if isinstance(place := env[n], Sharded)
     ]
     first = found[0]
-    for other in found[1:]:
-        if other.dim != first.dim or other.size != first.size:
-            raise NeedsWholeError("its operands are split along different dimensions")
-        if other.ranges != first.ranges:
-            origins = first.origins | other.origins
-            unit = math.lcm(*[env.units.get(n, 1) for n in origins])
-            env.realign(Sharded(0, (), origins), unit, "its operands are split unlike each other")
-    return Sharded(first.dim, first.ranges, frozenset().union(*[f.origins for f in found]))
+    if any(other.dim != first.dim for other in found):
+        raise NeedsWholeError("its operands are split along different dimensions")
+    common = Sharded(first.dim, first.ranges, frozenset().union(*[f.origins for f in found]))
+    if any(other.ranges != first.ranges for other in found):
+        why = "its operands are split unlike each other"
+        size = math.gcd(*[f.size for f in found])
+        for other in found:
+            if other.size != size:
+                env.deepen(other, other.size // size, why)
+        env.realign(common, env.unit(common), why)
+    return common
 
 
-def _cut(n: fx.Node, place: Sharded, ranges: Ranges, node: fx.Node, env: Env) -> object:
+def _cut(n: fx.Node, at: int, share: Share, node: fx.Node, env: Env) -> object:
     """Return an operand for one part: what is whole is cut where it has the split dimension."""
     shape = shape_of(n)
-    dim = place.dim - (len(shape_of(node)) - len(shape))
-    if not isinstance(env[n], Whole) or dim < 0 or not shape or shape[dim] == 1:
+    dim = at - (len(shape_of(node)) - len(shape))
+    if (
+        not isinstance(env[n], Whole)
+        or dim < 0
+        or not shape
+        or (isinstance(shape[dim], int) and shape[dim] == 1)
+    ):
         return n
-    return Take(n, dim, ranges)
+    return Take(n, dim, share)
 
 
 def _scale(node: fx.Node, env: Env) -> Step:
@@ -142,7 +150,8 @@ def _only_sum(node: fx.Node, at: int) -> Call:
 
 def _filled(n: fx.Node, place: Sharded, part: int) -> Call:
     """Return one part's channels in a tensor of all channels, the others zero."""
-    if len(place.ranges[part]) > 1:
+    size = shape_of(n)[place.dim]
+    if len(place.ranges[part]) > 1 or place.shares()[0].repeats(size):
         raise NeedsWholeError("its operands are split unlike each other")
     ((start, end),) = place.ranges[part]
     behind = len(shape_of(n)) - 1 - place.dim

@@ -11,7 +11,7 @@ alike for any number of them; sums are within rounding, and always added in the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ from streaminfer.parallel.tensor.placement import (
     Partial,
     RefusedError,
     Sharded,
+    Share,
     Take,
     Whole,
+    shape_of,
     width,
 )
 from streaminfer.parallel.weights import aligned, same_memory
@@ -81,16 +83,17 @@ def _remedy(
     cutter: Cutter, span: tuple[int, int], parts: int, form: Form, refused: RefusedError
 ) -> str:
     """Name what was tried and works: fewer parts, another end, another form."""
-    if refused.most > 1 and not channels_problem(cutter, *span, refused.most, form):
-        return f"parts: {refused.most}"
-    found = _nearest(cutter, *span, max(parts, 2), form)
-    if form == "in" and not channels_problem(cutter, *span, parts):
-        return ", or ".join(filter(None, (found, "form: auto")))
+    tried = [n for n in refused.instead if n > 1 and not channels_problem(cutter, *span, n, form)]
+    if tried:
+        return ", or ".join(f"parts: {n}" for n in tried)
+    end, begin = _nearest(cutter, *span, max(parts, 2), form)
+    other = "form: auto" if form == "in" and not channels_problem(cutter, *span, parts) else ""
+    found = ", or ".join(filter(None, (end, other, begin)))
     return found or "no stage near it can be split so: replicas share its work by samples"
 
 
-def _nearest(cutter: Cutter, first: int, last: int, parts: int, form: Form) -> str:
-    """Say where the stage could end, or else begin, to be split; "" if that was not found."""
+def _nearest(cutter: Cutter, first: int, last: int, parts: int, form: Form) -> tuple[str, str]:
+    """Say where the stage could end, and where begin, to be split; "" for what was not found."""
     final = len(cutter.captured.nodes) - 1
     names: dict[int, str] = {}  # of layers that end at one point, the outermost
     for layer in cutter.captured.layers:
@@ -98,13 +101,14 @@ def _nearest(cutter: Cutter, first: int, last: int, parts: int, form: Form) -> s
             known = names.setdefault(layer.last, layer.path)
             names[layer.last] = min(known, layer.path, key=len)
     earlier = [end for end in sorted(names, reverse=True) if first <= end < last]
-    for end in [*earlier, *(end for end in sorted(names) if end > last)][:_TRIES]:
-        if not channels_problem(cutter, first, end, parts, form):
-            return f"end the stage at {names[end]}"
-    for cut in [cut for cut in sorted(names) if first <= cut < last][:_TRIES]:
-        if not channels_problem(cutter, cut + 1, last, parts, form):
-            return f"begin the stage behind {names[cut]}"
-    return ""
+    ends = [*earlier, *(end for end in sorted(names) if end > last)][:_TRIES]
+    begins = [cut for cut in sorted(names) if first <= cut < last][:_TRIES]
+    end = next((n for n in ends if not channels_problem(cutter, first, n, parts, form)), None)
+    cut = next((n for n in begins if not channels_problem(cutter, n + 1, last, parts, form)), None)
+    return (
+        "" if end is None else f"end the stage at {names[end]}",
+        "" if cut is None else f"begin the stage behind {names[cut]}",
+    )
 
 
 class _Weaver:
@@ -130,7 +134,8 @@ class _Weaver:
             return whole
         shape = list(whole.shape)
         if isinstance(place, Sharded):
-            shape[place.dim] = width(place.ranges[part])
+            size = shape[place.dim]
+            shape[place.dim] = None if size is None else place.shares()[part].of(size)
         return Port(f"{node.name}_{part}of{self._parts}", whole.dtype, tuple(shape))
 
     def _given(self, part: int) -> list[fx.Node]:
@@ -172,8 +177,10 @@ class _Weaver:
                 made[node.name] = sent
                 continue
             assert isinstance(place, Sharded)  # noqa: S101 - inputs are nothing else
-            for i, ranges in enumerate(place.ranges):
-                made[self._port(node, i).name] = _taken(graph, sent, place.dim, ranges, own=True)
+            for i, share in enumerate(place.shares()):
+                blocked = share.repeats(shape_of(node)[place.dim])
+                taken = _taken(graph, sent, place.dim, share, own=True, blocked=blocked)
+                made[self._port(node, i).name] = taken
         read = {p.name: p for part in parts for p in part.inputs}
         graph.output(tuple(made[name] for name in read))
         graph.eliminate_dead_code()
@@ -211,32 +218,54 @@ class _Weaver:
             for piece in pieces[1:]:
                 total = graph.call_function(_ATEN.add.Tensor, (total, piece))
             return total
-        return _concatenated(graph, place, pieces) if isinstance(place, Sharded) else pieces[0]
+        if isinstance(place, Sharded):
+            blocked = place.shares()[0].repeats(shape_of(node)[place.dim])
+            return _concatenated(graph, place, pieces, blocked=blocked)
+        return pieces[0]
 
 
-def _concatenated(graph: fx.Graph, place: Sharded, pieces: Sequence[fx.Node]) -> fx.Node:
-    """Put shards together in channel order."""
-    found: list[tuple[int, fx.Node]] = []
+def _concatenated(
+    graph: fx.Graph, place: Sharded, pieces: Sequence[fx.Node], *, blocked: bool
+) -> fx.Node:
+    """Put shards together in channel order, block by block where there are several."""
+    dim, found = place.dim, list[tuple[int, fx.Node]]()
     for piece, ranges in zip(pieces, place.ranges, strict=True):
+        if blocked:
+            piece = _blocks(graph, piece, dim, width(ranges))
         at = 0
         for start, end in ranges:
             span = (at, at + end - start)
             at = span[1]
-            taken = piece if len(ranges) == 1 else _taken(graph, piece, place.dim, (span,))
+            taken = piece if len(ranges) == 1 else _slice(graph, piece, dim + blocked, span)
             found.append((start, taken))
     ordered = [piece for _, piece in sorted(found, key=lambda item: item[0])]
-    return graph.call_function(_ATEN.cat.default, (ordered, place.dim))
+    whole = graph.call_function(_ATEN.cat.default, (ordered, dim + blocked))
+    return _merged(graph, whole, dim) if blocked else whole
 
 
 def _taken(
-    graph: fx.Graph, value: fx.Node, dim: int, ranges: Iterable[tuple[int, int]], own: bool = False
+    graph: fx.Graph, value: fx.Node, dim: int, share: Share, *, own: bool, blocked: bool
 ) -> fx.Node:
-    """Take ranges of a dimension."""
-    call = graph.call_function
-    pieces = [call(_ATEN.slice.Tensor, (value, dim, start, end)) for start, end in ranges]
+    """Take a share of a dimension, of each of its blocks where there are several."""
+    source = _blocks(graph, value, dim, share.size) if blocked else value
+    pieces = [_slice(graph, source, dim + blocked, span) for span in share.ranges]
     if len(pieces) > 1:
-        return call(_ATEN.cat.default, (pieces, dim))
-    return call(_ATEN.clone.default, (pieces[0],)) if own else pieces[0]
+        taken = graph.call_function(_ATEN.cat.default, (pieces, dim + blocked))
+    else:
+        taken = graph.call_function(_ATEN.clone.default, (pieces[0],)) if own else pieces[0]
+    return _merged(graph, taken, dim) if blocked else taken
+
+
+def _slice(graph: fx.Graph, value: fx.Node, dim: int, span: tuple[int, int]) -> fx.Node:
+    return graph.call_function(_ATEN.slice.Tensor, (value, dim, *span))
+
+
+def _blocks(graph: fx.Graph, value: fx.Node, dim: int, size: int) -> fx.Node:
+    return graph.call_function(_ATEN.unflatten.int, (value, dim, [-1, size]))
+
+
+def _merged(graph: fx.Graph, value: fx.Node, dim: int) -> fx.Node:
+    return graph.call_function(_ATEN.flatten.using_ints, (value, dim, dim + 1))
 
 
 class _PartBuilder(Builder):
@@ -272,17 +301,17 @@ class _PartBuilder(Builder):
 
     def _take(self, take: Take) -> fx.Node:
         if take.node.op != "get_attr":
-            return _taken(self._graph, self._value(take.node), take.dim, take.ranges, take.own)
+            blocked = take.share.repeats(shape_of(take.node)[take.dim])
+            value = self._value(take.node)
+            return _taken(self._graph, value, take.dim, take.share, own=take.own, blocked=blocked)
         target = str(take.node.target)
         tensor = self._captured.tensors[target]
-        key = (*same_memory(tensor), take.dim, take.ranges)
+        key = (*same_memory(tensor), take.dim, take.share)
         if key not in self._slices:
             name = f"{target}.{self._suffix}"
             while name in self._weights:
                 name += "_"  # tied weights that are sliced in two ways
-            pieces = [tensor.narrow(take.dim, a, b - a) for a, b in take.ranges]
-            sliced = torch.cat(pieces, take.dim) if len(pieces) > 1 else pieces[0]
-            self._weights[name] = aligned(sliced.contiguous())
+            self._weights[name] = aligned(_sliced(tensor, take.dim, take.share).contiguous())
             self._slices[key] = self._graph.create_node("get_attr", name)
         return self._slices[key]
 
@@ -294,3 +323,11 @@ class _PartBuilder(Builder):
         inputs = list(self._inputs.values())
         first = next((node for node in inputs if node.users), inputs[0])
         return self._graph.call_function(_ATEN.sym_size.int, (first, 0))
+
+
+def _sliced(tensor: torch.Tensor, dim: int, share: Share) -> torch.Tensor:
+    """Return a share of a dimension of a weight."""
+    blocks = _ATEN.unflatten.int(tensor, dim, [-1, share.size])
+    pieces = [blocks.narrow(dim + 1, a, b - a) for a, b in share.ranges]
+    held = torch.cat(pieces, dim + 1) if len(pieces) > 1 else pieces[0]
+    return held.flatten(dim, dim + 1)

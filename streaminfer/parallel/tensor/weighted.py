@@ -7,7 +7,7 @@ groups    either      weight by groups, input alike      Sharded; nothing is to 
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -18,17 +18,14 @@ from streaminfer.parallel.tensor.placement import (
     Env,
     NeedsWholeError,
     Partial,
-    Ranges,
     RefusedError,
     Sharded,
     Step,
     Take,
     Whole,
     bound,
-    even,
     operator_name,
     shape_of,
-    width,
 )
 
 __all__ = ["contracted", "groups_of", "is_weighted", "weighted"]
@@ -124,33 +121,19 @@ def weighted(node: fx.Node, env: Env) -> Step:
     return _rows(node, layer, place, env)
 
 
-def _choose(node: fx.Node, channels: int, env: Env) -> tuple[Ranges, ...]:
-    """Choose a node's shards.
-
-    Raises:
-        RefusedError: there are fewer channels, or blocks of them that must stay whole, than parts.
-    """
-    unit = env.units.get(node, 1)
-    blocks = channels // unit if channels % unit == 0 else 0
-    if blocks < env.parts:
-        what = f"{channels} channels" + (f" in blocks of {unit}" if unit > 1 else "")
-        raise RefusedError(node, f"{what} are too few for {env.parts} parts", blocks)
-    return even(channels, env.parts, unit)
-
-
 def _columns(node: fx.Node, layer: _Layer, env: Env) -> Step:
     """Give each part some output channels; it needs the whole input."""
     given = bound(node)
     weight, bias = given[layer.weight], given[layer.bias] if layer.bias else None
-    shards = _choose(node, shape_of(weight)[layer.outputs], env)
-    calls = []
-    for ranges in shards:
-        taken: dict[str, object] = {layer.weight: Take(weight, layer.outputs, ranges, own=True)}
-        if layer.bias and bias is not None:
-            taken[layer.bias] = Take(bias, 0, ranges, own=True)
-        calls.append(Call.of(node, **taken))
     dim = layer.channels % len(shape_of(node))
-    return Step(Sharded(dim, shards, frozenset({node})), tuple(calls))
+    place = env.choose(node, dim, shape_of(weight)[layer.outputs])
+    calls = []
+    for share in place.shares():
+        taken: dict[str, object] = {layer.weight: Take(weight, layer.outputs, share, own=True)}
+        if layer.bias and bias is not None:
+            taken[layer.bias] = Take(bias, 0, share, own=True)
+        calls.append(Call.of(node, **taken))
+    return Step(place, tuple(calls))
 
 
 def _rows(node: fx.Node, layer: _Layer, place: Sharded, env: Env) -> Step:
@@ -158,8 +141,8 @@ def _rows(node: fx.Node, layer: _Layer, place: Sharded, env: Env) -> Step:
     given = bound(node)
     weight = given[layer.weight]
     calls = []
-    for i, ranges in enumerate(place.ranges):
-        taken: dict[str, object] = {layer.weight: Take(weight, layer.inputs, ranges, own=True)}
+    for i, share in enumerate(place.shares()):
+        taken: dict[str, object] = {layer.weight: Take(weight, layer.inputs, share, own=True)}
         if operator_name(node) == "addmm" and i:
             calls.append(Call(_ATEN.mm.default, (given["mat1"], taken["mat2"])))
             continue
@@ -174,37 +157,29 @@ def _groups(node: fx.Node, layer: _Layer, env: Env) -> Step:
     given = bound(node)
     x, weight, bias, groups = given["input"], given["weight"], given["bias"], groups_of(node)
     if groups < env.parts:
-        raise RefusedError(node, f"{groups} groups are too few for {env.parts} parts", groups)
+        why = f"{groups} groups are too few for {env.parts} parts"
+        raise RefusedError(node, why, (groups,))
     ins, outs = shape_of(x)[1] // groups, shape_of(node)[1] // groups
     place = env[x]
     if isinstance(place, Sharded):
-        ends = {end for part in place.ranges for ends in part for end in ends}
-        if any(end % ins for end in ends):
-            env.realign(place, ins, f"its groups of {ins} channels would be parted")
-        shards = tuple(
-            tuple((a // ins * outs, b // ins * outs) for a, b in p) for p in place.ranges
-        )
-        held, origins = place.ranges, place.origins
+        held = place
+        if held.parts_any(ins):
+            env.realign(held, ins, f"its groups of {ins} channels would be parted")
+        shards = held.scaled(1, Fraction(outs, ins))
     else:
-        unit = math.lcm(env.units.get(node, 1), outs)
-        shards = _choose_blocks(node, groups * outs, unit, env)
-        held = tuple(tuple((a // outs * ins, b // outs * ins) for a, b in p) for p in shards)
-        origins = frozenset({node})
+        shards = env.choose(node, 1, groups * outs, multiple=outs)
+        held = shards.scaled(1, Fraction(ins, outs))
     calls = []
-    for mine, out in zip(held, shards, strict=True):
+    for mine, out in zip(held.shares(), shards.shares(), strict=True):
         # groups lie along dimension 0 of the weight: of the outputs, or (transposed) of the inputs
         rows = out if layer.outputs == 0 else mine
         taken: dict[str, object] = {
             "weight": Take(weight, 0, rows, own=True),
-            "groups": width(mine) // ins,
+            "groups": mine.of(groups * ins) // ins,
         }
         if bias is not None:
             taken["bias"] = Take(bias, 0, out, own=True)
         if isinstance(place, Whole):
             taken["input"] = Take(x, 1, mine, own=True)
         calls.append(Call.of(node, **taken))
-    return Step(Sharded(1, shards, origins), tuple(calls))
-
-
-def _choose_blocks(node: fx.Node, channels: int, unit: int, env: Env) -> tuple[Ranges, ...]:
-    return _choose(node, channels, Env(env.parts, env.placements, {node: unit}))
+    return Step(shards, tuple(calls))

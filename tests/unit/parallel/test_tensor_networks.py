@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streaminfer.errors import CaptureError
-from streaminfer.parallel.pipeline import Cutter
-from streaminfer.parallel.tensor import channels_problem, split_channels
+from streaminfer.parallel.tensor import split_channels
 from streaminfer.parallel.tensor.layout import Form
 from tests.fans import (
     IMAGE,
     ROUNDED,
-    Span,
     assert_held_once,
+    assert_refused_or_equal,
     conv,
     difference,
     networked,
@@ -269,16 +267,3 @@ def test_any_stage_of_any_network_is_refused_or_equal(
 
 
 FORMS: tuple[Form, ...] = ("auto", "in")
-
-
-def assert_refused_or_equal(cutter: Cutter, stage: Span, parts: int, form: Form) -> None:
-    problem = channels_problem(cutter, *stage, parts, form)
-    try:
-        fan = split_channels(cutter, *stage, parts, form)
-    except CaptureError as error:
-        assert problem
-        assert problem in error.message
-        assert error.hint
-        return
-    assert not problem
-    assert difference(cutter, stage, fan, rows=(2,)) <= 1e-12

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import SqueezeExcitation
 
 from streaminfer.errors import CaptureError
 from streaminfer.parallel.pipeline import Cutter
@@ -33,8 +34,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Packed(nn.Module):
-    """A vision transformer's block: attention whose rows are not dimension 0 inside."""
+class Block(nn.Module):
+    """A vision transformer's block, with its two exchanges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,9 +135,18 @@ REFUSALS = {
         sequence(a=nn.ReLU(), b=nn.GELU()), (6,), None, None, 2, "auto",
         ("no convolution or linear layer",), "replicas",
     ),
-    "rows inside attention": Refusal(
-        Packed, (5, 24), None, None, 2, "auto",
-        ("attention (linear)",), "begin the stage behind attention",
+    "attention and mlp": Refusal(
+        Block, (5, 24), None, None, 2, "auto",
+        ("up (linear)", "at last (layer_norm)", "needs the sum"),
+        "end the stage at last, or begin the stage behind attention",
+    ),
+    "squeeze and excitation": Refusal(
+        sequence(
+            up=conv(6, 12, 1), deep=conv(12, 12, groups=12), se=SqueezeExcitation(12, 4),
+            down=conv(12, 6, 1),
+        ), PIXELS, None, None, 2, "auto",
+        ("se.fc2 (conv2d)", "the parts end before it, at se.activation (relu)"),
+        "end the stage at se.activation, or begin the stage behind se.fc1",
     ),
     "written in place": Refusal(
         WrittenThroughAView, (6,), None, None, 2, "auto",
@@ -171,7 +181,12 @@ def test_what_the_algebra_forbids_is_answered_with_what_works(name: str) -> None
 
 
 def assert_remedy_works(cutter: Cutter, stage: Span, case: Refusal, hint: str) -> None:
-    tried, (first, last), layers = hint.split(", or ")[0], stage, cutter.captured.layers
+    for tried in hint.split(", or "):
+        assert_works(cutter, stage, case, tried)
+
+
+def assert_works(cutter: Cutter, stage: Span, case: Refusal, tried: str) -> None:
+    (first, last), layers = stage, cutter.captured.layers
     word = tried.rsplit(" ", 1)[-1]
     parts, form = case.parts, case.form
     if tried.startswith("end the stage at"):

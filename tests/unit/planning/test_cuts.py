@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_marks_tell_layers_apart(rows: list[CutRow]) -> None:
     assert not named["head.1"].tiles_up_to_here, "what is flattened has no places"
 
 
+def test_attention_and_mlp_of_a_vision_transformer_are_marked_as_a_whole() -> None:
+    """Their rows hold what is behind the last linear layer alone, which has nothing to split."""
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "num_heads": 6, "depth": 1}
+    kwargs = {"model_name": "vit_tiny_patch16_224", **sizes}
+    model = ModelSpec(factory="timm:create_model", kwargs=kwargs, example=(3, 32, 32))
+    named = {row.layer: row for row in list_cuts(model, random_weights=True)}
+    for layer in ("blocks.0.attn", "blocks.0.mlp"):
+        assert named[layer].channels_of_layer
+        assert not named[layer].channels
+    assert not named["blocks"].channels_of_layer, "a block has two exchanges"
+
+
 def test_the_table_and_the_progress_name_every_cut(
     rows: list[CutRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +77,7 @@ def test_the_table_and_the_progress_name_every_cut(
     text = capsys.readouterr().out
     assert all(row.layer in text for row in rows)
     (line,) = (line for line in text.splitlines() if " down.0 " in line)
-    assert "C T …T" in line
+    assert line.split("│")[-2].split() == ["C", "T", "…T"]
     told: list[tuple[int, int]] = []
     list_cuts(MODEL, FILE, random_weights=True, seen=lambda done, total: told.append((done, total)))
     assert told == [(k, len(rows)) for k in range(len(rows))]
