@@ -84,7 +84,7 @@ def device_of(text: str, where: str = "stages.device") -> torch.device:
         raise ConfigError(
             f"no device {text!r} on this machine; it has: {', '.join(there)}",
             where=where,
-            hint=f"{where.rpartition('.')[2]}: {near[0]}",
+            hint=f"{where} {near[0]}" if where.startswith("--") else f"device: {near[0]}",
         )
     return torch.device(wanted)
 
