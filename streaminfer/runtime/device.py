@@ -83,19 +83,21 @@ class Device:
         self._program = self._stage.load()
         if self._stage.exit is not None:
             self._exit = self._stage.exit.load()
-        shapes = [spec.shape[1:] for spec in self._stage.plan.inputs]
-        if any(n is None for shape in shapes for n in shape):
+        inputs = self._stage.plan.inputs
+        if any(n is None for s in inputs if not s.ranges for n in s.shape[1:]):
             return  # sizes that only the data settles
+        if any(s.ranges for s in inputs):
+            self._forward(self._zeros(1, smallest=True))
         for rows in (1, self.limit):  # the first batch of a size makes the kernels choose
             self._forward(self._zeros(rows))
         if self._timed:
             rows = self.limit
             self.speed = measured(rows, lambda: self._forward(self._zeros(rows)))
 
-    def _zeros(self, rows: int) -> Outputs:
+    def _zeros(self, rows: int, *, smallest: bool = False) -> Outputs:
         return {
             spec.name: torch.zeros(
-                (rows, *(n or 1 for n in spec.shape[1:])), dtype=DTYPES[spec.dtype]
+                (rows, *spec.sizes(smallest=smallest)), dtype=DTYPES[spec.dtype]
             ).to(self._stage.device)
             for spec in self._stage.plan.inputs
         }

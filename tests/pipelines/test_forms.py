@@ -205,6 +205,7 @@ def test_every_form_of_the_readme_has_a_file() -> None:
     assert names >= {
         "pipeline.yaml", "replicas.yaml", "local.yaml", "channels.yaml", "tiles.yaml",
         "tiles-vote.yaml", "ensemble.yaml", "early-exit.yaml", "balance.yaml", "hybrid.yaml",
+        "sizes.yaml",
     }  # fmt: skip
     for file in FILES:
         first = file.read_text().split("\npipeline:")[0]
