@@ -139,7 +139,12 @@ def _export(
             raise CaptureError(
                 f"the model does not run on the example {shapes}: {first_line(error)}",
                 where=model_line(error),
-                hint="model.example is the shape of one sample, without the batch",
+                hint="model.example is the shape of one sample, without the batch"
+                + (
+                    "; this is the largest, so end the range elsewhere"
+                    if any(ranges.values())
+                    else ""
+                ),
             ) from error
         try:
             return _traced(model, args, kwargs, ranges)

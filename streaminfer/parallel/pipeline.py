@@ -107,6 +107,10 @@ class Cutter:
         made = (*self.captured.inputs, *self.captured.nodes[: cut + 1])
         return [n for n in made if self._last_use[n] > cut and n not in self.free]
 
+    def valued(self, cut: int) -> list[fx.Node]:
+        """Return what crosses a cut and has values: sizes of the input travel as a shape alone."""
+        return [node for node in self.live(cut) if node is not self.captured.kept]
+
     def problem(self, cut: int) -> str:
         """Say why the graph may not be cut here; "" if it may."""
         live = self.live(cut)
