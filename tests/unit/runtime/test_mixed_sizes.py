@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -25,7 +27,14 @@ from streaminfer.runtime.rows import view
 from streaminfer.runtime.steps import Item, Result, chain
 from streaminfer.spec import BatchSpec, InputSpec
 from streaminfer.transport import Record, TopicPartition
-from streaminfer.wire import TENSOR_INPUT, Tensor, TensorInput, encode_tensor_input
+from streaminfer.wire import (
+    TENSOR_INPUT,
+    Envelope,
+    Sample,
+    Tensor,
+    TensorInput,
+    encode_tensor_input,
+)
 from tests.corpus import encode, picture
 
 SIZES = ((24, 16), (16, 24), (40, 40))  # height, width
@@ -209,3 +218,52 @@ def test_a_plan_counts_the_largest_and_says_nothing_of_ranges_without_one() -> N
     assert fixed.model_dump_json() == '{"name":"x","dtype":"F32","shape":[null,3,8,8]}'
     plan = ranged()
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+class Held(Conv):
+    """Computes when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if bool(x.any()):
+            assert self.gate.wait(30)
+        return super().forward(x)
+
+
+def sized(first: int, count: int, side: int) -> Item:
+    samples = tuple(Sample(k, k, str(k), None, 0) for k in range(first, first + count))
+    data = memoryview(np.ones((count, 3, side, side), np.float32).tobytes())
+    tensors = {"x": Tensor("F32", (count, 3, side, side), data)}
+    return Item((), Envelope(0, samples, "d" * 64, "i", tensors))
+
+
+@pytest.mark.parametrize(("patience", "second"), [(60.0, 16), (0.0, 24)])
+async def test_full_batches_go_by_a_part_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch, patience: float, second: int
+) -> None:
+    """A rare size must not cost the frequent ones their batches, nor wait for ever behind them."""
+    monkeypatch.setattr("streaminfer.runtime.forward.PATIENCE", patience)
+    model = Held().eval()
+    stage = Stage(
+        plan=STAGE, load=lambda: cast(Program, model), device=CPU, threads=1,
+        batch=BatchSpec(max=4, wait=0.0),
+    )  # fmt: skip
+    step = Forward(stage, Metrics("p").stage("s0"))
+    await step.start()
+    try:
+        calls = []
+        # the first is on the device; then a part and two full ones, and one of them is handed over
+        for given in (sized(0, 4, 8), sized(10, 1, 24), sized(20, 4, 16), sized(30, 4, 16)):
+            calls.append(asyncio.create_task(step([given])))
+            await asyncio.sleep(0.05)
+        model.gate.set()
+        await asyncio.gather(*calls)
+    finally:
+        model.gate.set()
+        await step.stop()
+    order = [shape[2] for shape in model.batches]
+    assert order[:2] == [8, second]
+    assert sorted(order) == [8, 16, 16, 24]
