@@ -28,6 +28,8 @@ from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
 from tests.e2e.conftest import streaminfer
 from tests.e2e.test_replicas import published
+from tests.e2e.test_tensors import EXAMPLE, uncut
+from tests.e2e.test_tensors import declare as tagger
 
 MODEL = """
 import torch
@@ -174,6 +176,30 @@ def _built(factory: pytest.TempPathFactory) -> Any:
         where, plan = plan_of(spec, folder / "plan", False)
         _BUILT.append((spec, plan, where, whole(spec)))
     return _BUILT[0]
+
+
+async def test_sequences_of_many_lengths_are_answered_like_the_whole_model(tmp_path: Path) -> None:
+    example = {name: {**one, "shape": ["2..9"]} for name, one in EXAMPLE.items()}
+    spec = tagger(tmp_path, model={"factory": "tagger.py:Tagger", "example": example})
+    where, plan = plan_of(spec, tmp_path / "plan", False)
+    dice = np.random.default_rng(0)
+
+    def row(words: int, marks: int) -> dict[str, Any]:
+        ids, mask = dice.integers(0, 100, words), dice.integers(0, 2, marks)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    lengths = [2, 9, 5, 5, 3, 9, 8, 2] * 2
+    rows = [row(n, n) for n in lengths]
+    bad = {"too long": row(10, 10), "unlike": row(4, 5)}
+    sent = [*((f"{k}", one) for k, one in enumerate(rows)), *bad.items()]
+    async with LocalPipeline(spec, plan, where) as local, local.client() as client:
+        answers = [a async for a in client.stream(iter(sent), timeout=60)]
+    for answer, one in zip(answers, rows, strict=False):
+        assert answer.status == "ok", answer.error
+        assert answer.top1.index == int(uncut(spec, [one])["logits"].argmax())
+    texts = [str(a.error) for a in answers[len(rows) :]]
+    assert "takes (2..9,)" in texts[0]
+    assert "the model takes equal sizes there" in texts[1]
 
 
 def test_verify_says_at_which_sizes(tmp_path: Path) -> None:
