@@ -20,11 +20,18 @@ import json
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from streaminfer.errors import PlanError
+from streaminfer.ranges import Range
 from streaminfer.spec import InputSpec
 
 __all__ = [
@@ -67,21 +74,40 @@ class _Frozen(BaseModel):
 
 
 class TensorSpec(_Frozen):
-    """A tensor at a cut. Dimension 0 is the batch; None = any size, settled by the data."""
+    """A tensor at a cut. Dimension 0 is the batch; None = any size, settled by the data.
+
+    `ranges`: between what the sizes of a row lie, None where it is one size; () where all are.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+    ranges: tuple[Range | None, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # a plan of fixed sizes is written, and named by its digest, as before there were ranges
+        fields: dict[str, Any] = dump(self)
+        return fields if self.ranges else {k: v for k, v in fields.items() if k != "ranges"}
+
+    def sizes(self, *, smallest: bool = False) -> tuple[int, ...]:
+        """Return the shape of a row, at its largest; a size that nothing bounds is 1."""
+        ranges = self.ranges or (None,) * len(self.shape[1:])
+        return tuple(
+            (given.low if smallest else given.high) if given else 1 if n is None else n
+            for n, given in zip(self.shape[1:], ranges, strict=True)
+        )
 
     def row_bytes(self, dtype: str = "native") -> int:
-        """Bytes of one sample on an edge of this dtype (a dynamic dimension counts as 1)."""
-        size, values = ITEMSIZE[self.dtype], prod(n or 1 for n in self.shape[1:])
+        """Bytes of one sample, at its largest, on an edge of this dtype."""
+        shape = (1, *self.sizes())
+        size, values = ITEMSIZE[self.dtype], prod(shape)
         if not (cast := CAST[dtype]) or self.dtype not in FLOATS:
             return values * size
         if cast != "I8":
             return values * min(size, ITEMSIZE[cast])
-        dims = scaled(self.shape, size)
-        scales = prod(n or 1 for n in self.shape[1:dims])
+        dims = scaled(shape, size)
+        scales = prod(shape[1:dims])
         return values + scales * ITEMSIZE["F32"] if dims else values * size
 
 

@@ -70,8 +70,13 @@ async def measure_engine(
 def _pipeline(spec: PipelineSpec, most: int, outputs: int, top_k: int) -> PipelineSpec:
     """Return the pipeline with the stand-in: images as they are, other inputs as one of floats."""
     given = list(spec.first_model.examples().values())
-    values = sum(math.prod(one.shape) for one in given)
-    shape = given[0].shape if spec.input.decode == "image" else (values,)
+    values = sum(math.prod(one.sizes()) for one in given)
+    shape: tuple[int, ...] = (values,)
+    if spec.input.decode == "image":
+        shape = given[0].sizes()
+        if given[0].ranges and (side := spec.input.resize):  # what a square image becomes
+            shape = (shape[0], side, side)
+        values = math.prod(shape)
     classes = max(1, top_k, min(outputs, CLASSES))
     return PipelineSpec(
         pipeline="standin",

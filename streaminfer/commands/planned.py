@@ -30,7 +30,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 
 def show_profile(found: Profile, console: Console) -> None:
     """Print times by batch, then the model part by part, then the links."""
-    speed = Table(title=f"{found.model}: whole model", **LOOK)
+    speed = Table(title=f"{found.model}: whole model{_measured_at(found)}", **LOOK)
     for name in ("device", "threads", "batch", "ms", "samples/s", "spread"):
         speed.add_column(name, justify="left" if name == "device" else "right")
     for device in found.devices:
@@ -93,6 +93,10 @@ def _parts(found: Profile) -> Table:
     return table
 
 
+def _measured_at(found: Profile) -> str:
+    return f", samples of {list(found.sample)}, the largest" if found.sample else ""
+
+
 def _joined(found: Profile, least: float, seconds: Sequence[float]) -> list[tuple[str, int, int]]:
     """Join parts until each takes a fair share of the time."""
     rows: list[tuple[str, int, int]] = []
@@ -119,6 +123,7 @@ def show_plan(outcome: Outcome, console: Console, written: Path | None) -> None:
             (best.form, "bold green"),
             f"  batch {best.batch}  predicted {best.throughput:,.1f} samples/s",
             f"  (at {LOAD:.0%} of it p50 {duration(best.p50)}, p99 {duration(best.p99)})",
+            _measured_at(outcome.profile),
         )
     )
     for line in outcome.answer.why:

@@ -52,7 +52,7 @@ from streaminfer.planning.simulation.scenario import Link as Transit
 from streaminfer.planning.splitting.parts import Parts
 from streaminfer.planning.subject import Subject, subject
 from streaminfer.planning.timing import Runner, available_memory, cores
-from streaminfer.runtime.postprocess import batch_of
+from streaminfer.runtime.postprocess import batches_of
 from streaminfer.spec import PipelineSpec
 
 __all__ = ["Outcome", "make_plan", "make_profile", "write"]
@@ -308,7 +308,10 @@ def _calibration(captured: Captured, folder: str | None) -> list[list[torch.Tens
     else:
         if source.decode != "image":
             raise ConfigError("the pipeline takes tensors, not images", where="--calibrate")
-        rows = [batch_of([value for _, value in files([folder])], source)]
+        values = [value for _, value in files([folder])]
+        ranges = captured.spec.first_model.examples()["0"].ranges
+        found = batches_of(values, source, ranges)
+        return [[t[k : k + BATCH]] for t in found for k in range(0, len(t), BATCH)]
     return [[t[k : k + BATCH] for t in rows] for k in range(0, len(rows[0]), BATCH)]
 
 

@@ -16,6 +16,7 @@ from streaminfer.commands.messages import files
 from streaminfer.errors import ConfigError
 from streaminfer.plan import Plan
 from streaminfer.planning.source import ensure
+from streaminfer.ranges import Range, describe
 from streaminfer.topics import Difference, diff, topic_specs
 from streaminfer.topology import build
 
@@ -62,13 +63,14 @@ def verify(
     """Compare the cut model with the whole one, on real images or random input."""
     from streaminfer.planning.verify import verify as compare
     from streaminfer.runtime.compute import device_of
-    from streaminfer.runtime.postprocess import batch_of
+    from streaminfer.runtime.postprocess import batches_of
 
     there = device_of(device, "--device")
-    where, _ = plan_of(spec, folder, random_weights)
+    where, plan = plan_of(spec, folder, random_weights)
     values = [value for _, value in files(images)]
-    batch = batch_of(values, spec.input) if values else None
-    return compare(spec, where, images=batch, device=there)
+    ranges = plan.stages[0].inputs[0].ranges
+    batches = batches_of(values, spec.input, ranges) if values else None
+    return compare(spec, where, images=batches, device=there)
 
 
 def print_verified(report: VerifyReport) -> None:
@@ -79,6 +81,7 @@ def print_verified(report: VerifyReport) -> None:
     console.print(
         f"{verdict}  {report.stages} stages give what the whole model gives, {how}{allowed}, "
         f"at batch sizes {', '.join(map(str, report.batch_sizes))}; {report.samples} samples"
+        + (f" of {', '.join(map(str, map(list, report.sizes)))}" if report.sizes else "")
     )
     if report.top1_agreement is not None:
         console.print(
@@ -116,7 +119,8 @@ def _model(model: str, example: str, kwargs: str) -> tuple[ModelSpec, Path | Non
         spec = load(Path(model))
         return spec.first_model, spec.path
     try:
-        shape = tuple(int(n) for n in example.split(","))
+        sizes = [n.strip() for n in example.split(",")]
+        shape = tuple(int(n) if n.isdecimal() else Range.parse(n) for n in sizes)
         options = json.loads(kwargs)
     except ValueError as error:
         raise ConfigError(
@@ -140,13 +144,19 @@ def print_plan(folder: Path, plan: Plan) -> None:
         how = f"{stage.edge.dtype} {stage.edge.compress}"
         table.add_row(stage.name, layers, f"{stage.weight_bytes:,} B", f"{size:,} B", how)
     console.print(table)
+    for one in plan.stages[0].inputs:
+        if one.ranges:
+            console.print(
+                f"{one.name} {describe(one.shape[1:], one.ranges)}: bytes are of the largest"
+            )
     console.print(f"plan directory: {folder}")
 
 
 def print_cuts(rows: Sequence[CutRow]) -> None:
     """Show where a model may be cut, and how the stage up to there may be split."""
     table = Table(
-        title="a stage may end with (until:)",
+        title="a stage may end with (until:)"
+        + (f"; bytes of {list(rows[0].sample)}, the largest" if rows and rows[0].sample else ""),
         caption="split, of the layers since the row above: C by channels, T in exact tiles; "
         "…C of the whole layer, …T from the model's beginning to here",
     )

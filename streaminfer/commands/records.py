@@ -40,10 +40,10 @@ def inputs_of(spec: PipelineSpec, plan: Plan, count: int = DISTINCT) -> list[Inp
 
 
 def images(spec: PipelineSpec, count: int = DISTINCT) -> list[bytes]:
-    """Return JPEGs of soft noise, of the size that ingest resizes or crops to."""
+    """Return JPEGs of soft noise: of the size that ingest resizes or crops to, or the largest."""
     random = np.random.default_rng(0)
     side = spec.input.resize or spec.input.crop
-    (_, *sizes), *_ = (one.shape for one in spec.first_model.examples().values())
+    (_, *sizes), *_ = (one.sizes() for one in spec.first_model.examples().values())
     height, width = (side, side) if side else sizes
     return [_image(random, height, width, spec.input.channels) for _ in range(count)]
 

@@ -273,8 +273,9 @@ def _first(spec: PipelineSpec, plan: Plan, n: int) -> Envelope:
         tensors = example_rows(spec, plan, n)
         return _plain(_envelope(tensors, n, plan.digest))
     inputs = inputs_of(spec, plan, min(n, DISTINCT))
+    ranges = plan.stages[0].inputs[0].ranges
     pixels = np.stack(
-        [decode_image(inputs[k % len(inputs)].value, None, plan.input) for k in range(n)]
+        [decode_image(inputs[k % len(inputs)].value, None, plan.input, ranges) for k in range(n)]
     )
     tensor = Tensor("U8", pixels.shape, memoryview(pixels.tobytes()))
     return _envelope({plan.stages[0].inputs[0].name: tensor}, n, plan.digest)

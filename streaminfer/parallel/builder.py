@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
-from streaminfer.parallel.capture import Capture, is_rows
+from streaminfer.parallel.graph import Capture, expression, is_rows
 from streaminfer.parallel.weights import same_memory
 
 __all__ = ["Builder"]
@@ -90,17 +90,26 @@ class Builder:
         than on a contiguous one, which sums in another order and gives other last bits.
         """
         value, sent = node.meta["val"], self._inputs[node]
-        strides = None if value.is_contiguous() else self._strides(value)
+        strides = None if value.is_contiguous() else self._strides(value, sent)
         call = self._graph.call_function
         if strides is not None:
-            sizes = [n if isinstance(n, int) else self._rows() for n in value.shape]
+            sizes = [self._size(sent, at, n) for at, n in enumerate(value.shape)]
             options = {"dtype": value.dtype, "device": value.device}
             memory = call(torch.ops.aten.empty_strided.default, (sizes, strides), options)
             return call(torch.ops.aten.copy_.default, (memory, sent))
         return call(torch.ops.aten.clone.default, (sent,)) if node in self._written else sent
 
-    def _strides(self, value: torch.Tensor) -> list[int | fx.Node] | None:
+    def _size(self, sent: fx.Node, at: int, size: int | torch.SymInt) -> int | fx.Node:
+        if isinstance(size, int):
+            return size
+        if self._captured.varies(size):
+            return self._graph.call_function(torch.ops.aten.sym_size.int, (sent, at))
+        return self._rows()
+
+    def _strides(self, value: torch.Tensor, sent: fx.Node) -> list[int | fx.Node] | None:
         """Return strides, as numbers or multiples of the rows; None for expanded or odd ones."""
+        if any(map(self._captured.varies, value.shape)):
+            return self._dense(value, sent)
         batch = self._captured.batch.node.expr
         strides: list[int | fx.Node] = []
         for stride in value.stride():
@@ -112,4 +121,23 @@ class Builder:
             strides.append(
                 call(operator.mul, (self._rows(), int(factor))) if factor is not None else stride
             )
+        return strides
+
+    def _dense(self, value: torch.Tensor, sent: fx.Node) -> list[int | fx.Node] | None:
+        """Return strides of memory without gaps in another order of dimensions; None if it isn't.
+
+        Each is the product of the sizes that lie within it: sizes are known when the stage runs.
+        """
+        sizes = {symbol: given.high for symbol, given in self._captured.sizes.items()}
+        sizes[self._captured.batch.node.expr] = 2
+        largest = [int(expression(n).subs(sizes)) for n in value.stride()]
+        inner: int | fx.Node = 1
+        expected = expression(1)
+        strides: list[int | fx.Node] = [1] * value.dim()
+        for at in sorted(range(value.dim()), key=lambda k: (largest[k], -k)):
+            stride, size = value.stride(at), value.shape[at]
+            if expression(stride) != expected:
+                return None
+            strides[at], expected = inner, expected * expression(size)
+            inner = self._graph.call_function(operator.mul, (inner, self._size(sent, at, size)))
         return strides

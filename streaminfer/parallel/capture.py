@@ -1,6 +1,7 @@
 """Any model that torch.export takes → one flat graph of ATen operators that may be cut.
 
-Export's training IR (no decompositions: they bake strides into views), dynamic in dimension 0.
+Export's training IR (no decompositions: they bake strides into views), dynamic in dimension 0 and
+wherever a sample may have sizes of a range.
 The graph is then made fit for cutting: assertions about the tracing machine are dropped, a
 `getitem` stands right behind the operator whose list it reads, in-place operators are pure where
 they can be, and every node knows the module it came from.
@@ -10,14 +11,12 @@ from __future__ import annotations
 
 import inspect
 import io
-import linecache
 import logging
 import operator
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +25,12 @@ from torch.utils import _pytree as pytree
 
 from streaminfer.errors import CaptureError
 from streaminfer.parallel.archive import Archive
-from streaminfer.parallel.graph import Capture, is_batched, is_rows
+from streaminfer.parallel.graph import Capture, Varying, is_batched, is_rows
 from streaminfer.parallel.layers import Layers
 from streaminfer.parallel.mutation import settle
-from streaminfer.parallel.refusals import refuse
+from streaminfer.parallel.refusals import first_line, model_line, refuse
+from streaminfer.parallel.sizes import Ranges, check_sizes, is_open, keep_sizes, varying
+from streaminfer.ranges import Range
 
 __all__ = ["Capture", "capture", "is_batched", "is_rows", "model_line"]
 
@@ -38,7 +39,10 @@ _ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
 
 
 def capture(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    ranges: Ranges = (),
 ) -> Capture:
     """Capture a model, in eval mode, from an example of at least 2 rows.
 
@@ -46,10 +50,13 @@ def capture(
         model: any module; it is put into eval mode.
         args: its positional inputs; dimension 0 of every tensor is the batch.
         kwargs: its keyword inputs.
+        ranges: the sizes that a sample may have, for each tensor of `args` and `kwargs`, of which
+            the example has the largest; none: the example's alone.
 
     Raises:
         CaptureError: the model does not run on the example; export does not take it; its rows
-            cannot be told apart; or it uses an operator that a stage may not hold.
+            cannot be told apart; it is another for some sizes of a range; or it uses an operator
+            that a stage may not hold.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not inputs or any(t.dim() == 0 or t.shape[0] < 2 for t in inputs):
@@ -58,11 +65,19 @@ def capture(
         )
     model.eval()
     given, named = tuple(args), dict(kwargs or {})
-    exported = model.exported if isinstance(model, Archive) else _export(model, given, named)
+    if isinstance(model, Archive):
+        exported = model.exported
+    else:
+        exported = _export(model, given, named, dict(zip(map(id, inputs), ranges, strict=False)))
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)  # noqa: S101 - says torch, its types do not
     graph = module.graph
     _drop_assertions(graph)
+    sizes: Varying = {}
+    kept = None
+    if any(is_open(one) for given in ranges for one in given):
+        sizes = _sizes(model, module, given, named, ranges)
+        kept = keep_sizes(graph, _tensor_inputs(graph), sizes)
     _hoist_getitem(graph)
     aliases = settle(graph)
     graph.eliminate_dead_code()
@@ -73,13 +88,48 @@ def capture(
         tensors=_tensors(module),
         layers=Layers([n for n in graph.nodes if n.op == "call_function"]),
         aliases=aliases,
+        sizes=sizes,
+        kept=kept,
     )
     refuse(captured)
     return captured
 
 
+def _sizes(
+    model: torch.nn.Module,
+    module: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ranges: Ranges,
+) -> Varying:
+    """Return the symbols of the sizes, once the graph was found to be right for all of them."""
+    module.recompile()
+    inputs = _tensor_inputs(module.graph)
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    # by place, or by name: torch may have put keywords into another order
+    places = {name: len(leaves) - len(kwargs) + i for i, name in enumerate(kwargs)}
+    rest = iter(range(len(leaves) - len(kwargs)))
+    order = [places[n.name] if n.name in places else next(rest) for n in inputs]
+
+    def run(called: torch.nn.Module, tensors: list[torch.Tensor]) -> object:
+        given = list(leaves)
+        for at, tensor in zip(order, tensors, strict=True):
+            given[at] = tensor
+        positional, named = pytree.tree_unflatten(given, tree)
+        return called(*positional, **named)
+
+    sizes = varying(inputs, [ranges[at] for at in order])
+    with _quiet():
+        example = [leaves[at] for at in order]
+        check_sizes(partial(run, model), partial(run, module), inputs, example, sizes)
+    return sizes
+
+
 def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ranges: Mapping[int, tuple[Range | None, ...]],
 ) -> torch.export.ExportedProgram:
     shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if _is(t))
     with torch.no_grad(), _quiet():
@@ -87,15 +137,20 @@ def _export(
             model(*args, **kwargs)
         except Exception as error:
             raise CaptureError(
-                f"the model does not run on the example {shapes}: {_first_line(error)}",
+                f"the model does not run on the example {shapes}: {first_line(error)}",
                 where=model_line(error),
-                hint="model.example is the shape of one sample, without the batch",
+                hint="model.example is the shape of one sample, without the batch"
+                + (
+                    "; this is the largest, so end the range elsewhere"
+                    if any(ranges.values())
+                    else ""
+                ),
             ) from error
         try:
-            return _traced(model, args, kwargs)
+            return _traced(model, args, kwargs, ranges)
         except Exception as error:
             raise CaptureError(
-                f"torch.export does not take this model: {_first_line(error)}",
+                f"torch.export does not take this model: {first_line(error)}",
                 where=model_line(error),
                 hint=_export_hint(error),
             ) from error
@@ -106,9 +161,12 @@ def _is(leaf: object) -> bool:
 
 
 def _traced(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ranges: Mapping[int, tuple[Range | None, ...]],
 ) -> torch.export.ExportedProgram:
-    """Export with dimension 0 of every tensor open.
+    """Export with dimension 0 of every tensor open, and those of `ranges` by the tensor's id.
 
     Several inputs are given one dimension by name: nothing in a model need say that the rows of a
     mask are those of the words. But a name also forbids what `AUTO` infers, so that is the second.
@@ -117,7 +175,7 @@ def _traced(
     if sum(map(_is, pytree.tree_leaves((args, kwargs)))) > 1:
         sizes.insert(0, torch.export.Dim("batch"))
     for size in sizes:
-        shapes = _dynamic(model, args, kwargs, size)
+        shapes = _dynamic(model, args, kwargs, size, ranges)
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception:
@@ -127,10 +185,20 @@ def _traced(
 
 
 def _dynamic(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: object
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: object,
+    ranges: Mapping[int, tuple[Range | None, ...]],
 ) -> Any:
     def mark(leaf: object) -> dict[int, object] | None:
-        return {0: size} if _is(leaf) else None
+        if not _is(leaf):
+            return None
+        declared = enumerate(ranges.get(id(leaf), ()), 1)
+        auto = torch.export.Dim.AUTO
+        return {0: size} | {
+            at: auto(min=one.low, max=one.high) for at, one in declared if one and is_open(one)
+        }
 
     # as torch sees them: what *args takes is one tuple
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -156,23 +224,6 @@ def _quiet() -> Iterator[None]:
         finally:
             for child in noisy:
                 child.disabled = False
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split("  (Size-like")[0].strip()
-
-
-def model_line(error: BaseException) -> str:
-    """Return file:line of the innermost frame that is neither torch's nor ours; "" if none is."""
-    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
-    found = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        name = frame.f_code.co_filename
-        if not name.startswith(skip):
-            code = linecache.getline(name, line).strip()
-            found = f"{name}:{line}" + (f" ({code})" if code else "")
-    return found
 
 
 def _export_hint(error: BaseException) -> str:

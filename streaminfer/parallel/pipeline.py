@@ -1,8 +1,9 @@
 """Layers → stages: where a graph may be cut, what crosses each cut, and the parts as graphs.
 
 A cut i lies right behind node i. What lives there is what was made at or before i and is read
-after it. It crosses the cut as tensors with one row per sample; whatever follows from weights and
-the number of rows alone (masks, positions, sizes) is not sent but computed again behind the cut.
+after it. It crosses the cut as tensors with one row per sample; whatever follows from weights, the
+number of rows and the sizes of a sample alone (masks, positions) is not sent but computed again
+behind the cut.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import fx
 
 from streaminfer.errors import CaptureError
 from streaminfer.parallel.builder import Builder
-from streaminfer.parallel.capture import Capture, is_batched, is_rows
+from streaminfer.parallel.graph import Capture, expression, is_batched, is_rows
 from streaminfer.parallel.mutation import written
 from streaminfer.parallel.signature import Port, dtype_name
 from streaminfer.parallel.weights import same_memory
+from streaminfer.ranges import Range
 
 __all__ = ["Cutter", "StageGraph", "port"]
 
@@ -38,11 +40,23 @@ class StageGraph:
     origins: Mapping[str, fx.Node] = field(default_factory=dict)  # by name here: the model's node
 
 
-def port(node: fx.Node, name: str = "") -> Port:
-    """Return the tensor that a node makes, as it crosses a cut."""
+def port(node: fx.Node, name: str = "", captured: Capture | None = None) -> Port:
+    """Return the tensor that a node makes, as it crosses a cut; of `captured` sizes may vary."""
     val = node.meta["val"]
     shape = tuple(n if isinstance(n, int) else None for n in val.shape)
-    return Port(name or node.name, dtype_name(val.dtype) or str(val.dtype), shape)
+    dtype = dtype_name(val.dtype) or str(val.dtype)
+    return Port(name or node.name, dtype, shape, _ranges(captured, val) if captured else ())
+
+
+def _ranges(captured: Capture, val: torch.Tensor) -> tuple[Range | None, ...]:
+    """Return what the sizes of a row lie between; of the input's own, what was declared."""
+    if not any(map(captured.varies, val.shape[1:])):
+        return ()
+    ends = zip(captured.row(val.shape, smallest=True), captured.row(val.shape), strict=True)
+    return tuple(
+        (captured.sizes.get(expression(n)) or Range(low, high)) if captured.varies(n) else None
+        for n, (low, high) in zip(val.shape[1:], ends, strict=True)
+    )
 
 
 class Cutter:
@@ -56,18 +70,20 @@ class Cutter:
         for i, node in enumerate(captured.nodes):
             for value in written(node):
                 self._written.setdefault(captured.aliases.root(value), []).append(i)
-        self.free: set[fx.Node] = set()  # what follows from weights and the number of rows
+        self.free: set[fx.Node] = set()  # what follows from weights, the number of rows and sizes
         for node in captured.nodes:
             if self._is_free(node):
                 self.free.add(node)
+        if captured.kept is not None:
+            self._last_use[captured.kept] = self._reach(captured.kept)
 
     def _last(self, node: fx.Node) -> int:
         end = len(self.captured.nodes)
         return max((self._position.get(user, end) for user in node.users), default=-1)
 
     def _is_free(self, node: fx.Node) -> bool:
-        """Tell whether a value follows from weights and the number of rows alone."""
-        if is_rows(node, self.captured.batch):
+        """Tell whether a value follows from weights, the number of rows and sizes alone."""
+        if is_rows(node, self.captured.batch) or self._is_size(node):
             return True
         if self.captured.aliases.root(node) in self._written:
             return False  # what is written into it may be data
@@ -75,10 +91,25 @@ class Cutter:
             source.op == "get_attr" or source in self.free for source in node.all_input_nodes
         )
 
+    def _is_size(self, node: fx.Node) -> bool:
+        kept = self.captured.kept
+        return kept is not None and kept in node.all_input_nodes
+
+    def _reach(self, node: fx.Node) -> int:
+        """Return the last use of a value, through what is computed of it anew behind a cut."""
+        ends = [self._reach(user) for user in node.users if user in self.free]
+        uses = [user for user in node.users if user not in self.free]
+        end = len(self.captured.nodes)
+        return max((*ends, *(self._position.get(user, end) for user in uses)), default=-1)
+
     def live(self, cut: int) -> list[fx.Node]:
         """Return what crosses a cut, in the order in which it was made."""
         made = (*self.captured.inputs, *self.captured.nodes[: cut + 1])
         return [n for n in made if self._last_use[n] > cut and n not in self.free]
+
+    def valued(self, cut: int) -> list[fx.Node]:
+        """Return what crosses a cut and has values: sizes of the input travel as a shape alone."""
+        return [node for node in self.live(cut) if node is not self.captured.kept]
 
     def problem(self, cut: int) -> str:
         """Say why the graph may not be cut here; "" if it may."""
@@ -98,7 +129,8 @@ class Cutter:
             )
         if dtype_name(val.dtype) is None or val.layout != torch.strided:
             return f"whose type {val.dtype} cannot be sent"
-        if any(isinstance(n, torch.SymInt) for n in val.shape[1:]):
+        symbols = {symbol for n in val.shape[1:] for symbol in expression(n).free_symbols}
+        if symbols - self.captured.sizes.keys():
             return "whose size per sample is not fixed"
         return ""
 
@@ -155,9 +187,9 @@ class Cutter:
         return f"nearest layers to cut at: {', '.join(names)}" if names else "do not cut this model"
 
     def row_bytes(self, cut: int) -> int:
-        """Return the bytes that cross a cut for one sample."""
-        values = [node.meta["val"] for node in self.live(cut)]
-        return sum(math.prod(v.shape[1:]) * v.element_size() for v in values)
+        """Return the bytes that cross a cut for one sample, of the largest size."""
+        values, row = [node.meta["val"] for node in self.live(cut)], self.captured.row
+        return sum(math.prod(row(v.shape)) * v.element_size() for v in values)
 
     def weights_before(self) -> list[int]:
         """Return, per position, the bytes of the weights that are read at or before it."""
@@ -202,8 +234,8 @@ class Cutter:
         return StageGraph(
             graph,
             weights,
-            tuple(port(node) for node in inputs),
-            tuple(port(node, name) for name, node in outputs.items()),
+            tuple(port(node, "", captured) for node in inputs),
+            tuple(port(node, name, captured) for name, node in outputs.items()),
             captured.layers.within(first, last),
             builder.origins(),
         )

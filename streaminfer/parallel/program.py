@@ -75,14 +75,14 @@ def dump(stage: StageGraph) -> bytes:
     assert isinstance(results, tuple)  # noqa: S101 - as `pipeline` makes it
     document = {
         "version": VERSION,
-        "inputs": list(stage.inputs),
+        "inputs": [port[:3] for port in stage.inputs],
         "weights": [
             [name, dtype_name(t.dtype) or str(t.dtype), list(t.shape)]
             for name, t in stage.weights.items()
         ],
         "nodes": nodes,
         "outputs": [
-            [*port, _encode(value)] for port, value in zip(stage.outputs, results, strict=True)
+            [*port[:3], _encode(value)] for port, value in zip(stage.outputs, results, strict=True)
         ],
     }
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()

@@ -6,6 +6,8 @@ that only some batch sizes take, nothing made of the values of a whole batch but
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +22,7 @@ from streaminfer.parallel.graph import Capture, is_batched
 from streaminfer.parallel.mutation import written
 from streaminfer.parallel.operators import draws_random_numbers, name_of
 
-__all__ = ["refuse", "source_line"]
+__all__ = ["first_line", "model_line", "place_of", "refuse", "source_line"]
 
 # Batch sizes at which a model's conditions on its rows are tried; the example has 2.
 SIZES = (*range(2, 65), 100, 128, 256, 512, 1024)
@@ -33,6 +35,24 @@ FOREIGN = {
     "as_strided": f"{PUBLIC}, and none that reads memory by its layout: unfold, view or slices",
 }
 BY_VALUE = "every batch must take the same road: torch.where or masks instead of an index or a size"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of torch's says, without the explanations that follow."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split("  (Size-like")[0].strip()
+
+
+def model_line(error: BaseException) -> str:
+    """Return file:line of the innermost frame that is neither torch's nor ours; "" if none is."""
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if not name.startswith(skip):
+            code = linecache.getline(name, line).strip()
+            found = f"{name}:{line}" + (f" ({code})" if code else "")
+    return found
 
 
 def refuse(captured: Capture) -> None:
@@ -148,12 +168,12 @@ def _by_size(captured: Capture) -> None:
             if guard.expr.subs(symbol, size) == False:  # noqa: E712 - sympy's False
                 raise CaptureError(
                     f"a batch of {size} rows takes another road than one of 2",
-                    where=_place(str(guard.sloc)),
+                    where=place_of(str(guard.sloc)),
                     hint="a model must not ask for its batch size: workers merge batches",
                 )
 
 
-def _place(shortened: str) -> str:
+def place_of(shortened: str) -> str:
     """Return file:line of a guard, of which torch keeps what its own folder's path has not."""
     name, _, rest = shortened.strip("() ").partition(":")
     base = Path(torch.__file__).parent

@@ -40,11 +40,10 @@ def renamed(
 
 
 def example(ports: Sequence[Port], rows: int = 2) -> tuple[torch.Tensor, ...]:
-    """Return seeded random tensors as they cross a cut; a size that is not fixed is 1."""
+    """Return seeded random tensors as they cross a cut; a size of a range is its largest."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for port in ports:
-        shape = (rows, *(n or 1 for n in port.shape[1:]))
-        value = torch.randn(shape, generator=generator)
+        value = torch.randn(rows, *port.sizes(), generator=generator)
         tensors.append(value.to(DTYPES[port.dtype]))
     return tuple(tensors)

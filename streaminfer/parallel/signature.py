@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from streaminfer.errors import SchemaError
+from streaminfer.ranges import Range
 
 __all__ = ["DTYPES", "Expected", "Port", "check_inputs", "dtype_name"]
 
@@ -48,6 +49,13 @@ class Port(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+    ranges: tuple[Range | None, ...] = ()  # of each size of a row; () where all are fixed
+
+    def sizes(self) -> tuple[int, ...]:
+        """Return the shape of a row, at its largest; a size that nothing bounds is 1."""
+        ranges = self.ranges or (None,) * len(self.shape[1:])
+        pairs = zip(self.shape[1:], ranges, strict=True)
+        return tuple(given.high if given else 1 if n is None else n for n, given in pairs)
 
 
 def _text(dtype: str, shape: Sequence[int | None]) -> str:

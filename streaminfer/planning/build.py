@@ -104,7 +104,9 @@ def _write_graph(files: tuple[Path, Path], stage: StageGraph) -> int:
 
 
 def _specs(ports: Sequence[Port]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
+    return tuple(
+        TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape, ranges=p.ranges) for p in ports
+    )
 
 
 def _digest(folder: Path, draft: Draft, plan: StagePlan) -> bytes:

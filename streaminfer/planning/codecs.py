@@ -39,7 +39,7 @@ def encodings(
 
     def watch(position: int, values: Values) -> None:
         if position in chosen:
-            live = {n.name: values[runner.here(n)].contiguous() for n in cutter.live(position)}
+            live = {n.name: values[runner.here(n)].contiguous() for n in cutter.valued(position)}
             found.extend(_encoded(position, live))
 
     runner.run(inputs, watch=watch)
@@ -220,7 +220,7 @@ def _outputs(
 ) -> list[torch.Tensor]:
     def watch(position: int, values: Values) -> None:
         if position in casts:
-            names = {runner.here(node): node.name for node in cutter.live(position)}
+            names = {runner.here(node): node.name for node in cutter.valued(position)}
             sent = cast({name: values[here] for here, name in names.items()}, casts[position])
             for here, name in names.items():
                 values[here] = uncast(name, sent, values[here].dtype)

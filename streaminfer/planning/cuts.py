@@ -39,6 +39,7 @@ class CutRow(NamedTuple):
     channels_of_layer: bool
     tiles: bool  # split: {by: tiles, grid: [2, 2]} works, exactly
     tiles_up_to_here: bool
+    sample: tuple[int, ...] = ()  # what `nbytes` is of, where samples have many sizes: the largest
 
 
 def list_cuts(
@@ -66,7 +67,7 @@ def list_cuts(
     base = path.parent if path else None
     made = make_model(model, base, random_weights=random_weights, trust=trust)
     example = example_inputs(model)
-    cutter = Cutter(capture(made, example.args, example.kwargs))
+    cutter = Cutter(capture(made, example.args, example.kwargs, example.ranges))
     outermost: dict[int, str] = {}
     for layer in cutter.captured.layers:
         known = outermost.setdefault(layer.last, layer.path)
@@ -90,6 +91,7 @@ def list_cuts(
             channels_of_layer=begins < first and not channels_problem(cutter, begins, cut, PARTS),
             tiles=not tiles_problem(cutter, first, cut, GRID),
             tiles_up_to_here=not tiles_problem(cutter, 0, cut, GRID),
+            sample=next(iter(model.examples().values())).sizes() if model.varies else (),
         )
         rows.append(row)
         first = cut + 1

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from streaminfer.errors import ConfigError
 from streaminfer.parallel import DTYPES, Port
+from streaminfer.ranges import Range
 from streaminfer.spec import ModelSpec, TensorExample
 
 __all__ = ["SEED", "Inputs", "example_batch", "example_inputs"]
@@ -23,6 +24,7 @@ class Inputs:
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    ranges: tuple[tuple[Range | None, ...], ...] = ()  # of the sizes of each, in that order
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -31,12 +33,12 @@ class Inputs:
     def __getitem__(self, rows: slice) -> Inputs:
         """Return some of the rows."""
         named = {name: tensor[rows] for name, tensor in self.kwargs.items()}
-        return Inputs(tuple(tensor[rows] for tensor in self.args), named)
+        return Inputs(tuple(tensor[rows] for tensor in self.args), named, self.ranges)
 
     def to(self, device: torch.device) -> Inputs:
         """Return them on a device."""
         named = {name: tensor.to(device) for name, tensor in self.kwargs.items()}
-        return Inputs(tuple(tensor.to(device) for tensor in self.args), named)
+        return Inputs(tuple(tensor.to(device) for tensor in self.args), named, self.ranges)
 
     def into(self, model: nn.Module) -> object:
         """Call a model."""
@@ -53,15 +55,20 @@ class Inputs:
         return {**self.kwargs, **dict(zip(rest, self.args, strict=True))}
 
 
-def example_inputs(model: ModelSpec, rows: int = 2) -> Inputs:
+def example_inputs(model: ModelSpec, rows: int = 2, shares: Sequence[float] = (1.0,)) -> Inputs:
     """Return seeded random input: floats are normal, whole numbers from 0 to below `max`.
 
+    The ranges of an input are by turns at a share of the way from the lowest to the highest size.
     Each row has its own brightness per channel, as images do: rows of pure noise look all alike to
     a network.
     """
     generator = torch.Generator().manual_seed(SEED)
-    made = {name: _random(one, rows, generator) for name, one in model.examples().items()}
-    return Inputs(kwargs=made) if isinstance(model.example, dict) else Inputs(tuple(made.values()))
+    examples = model.examples()
+    made = {name: _random(one, rows, generator, shares) for name, one in examples.items()}
+    ranges = tuple(one.ranges for one in examples.values())
+    if isinstance(model.example, dict):
+        return Inputs(kwargs=made, ranges=ranges)
+    return Inputs(tuple(made.values()), ranges=ranges)
 
 
 def example_batch(model: ModelSpec, rows: int = 2) -> Tensor:
@@ -76,9 +83,11 @@ def example_batch(model: ModelSpec, rows: int = 2) -> Tensor:
     return inputs.args[0]
 
 
-def _random(example: TensorExample, rows: int, generator: torch.Generator) -> Tensor:
+def _random(
+    example: TensorExample, rows: int, generator: torch.Generator, shares: Sequence[float]
+) -> Tensor:
     dtype = next(d for d in DTYPES.values() if str(d) == f"torch.{example.dtype}")
-    size = (rows, *example.shape)
+    size = (rows, *example.sizes(shares))
     if not dtype.is_floating_point:
         return torch.randint(0, example.max or 2, size, generator=generator).to(dtype)
     noise = torch.randn(size, generator=generator)

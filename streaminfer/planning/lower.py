@@ -26,6 +26,7 @@ from streaminfer.parallel.spatial import approximate_tiles, split_tiles
 from streaminfer.parallel.tensor import split_channels
 from streaminfer.plan import PRESENT, Edge, Source
 from streaminfer.planning.example import example_inputs
+from streaminfer.ranges import describe
 from streaminfer.spec import ModelSpec, PipelineSpec
 from streaminfer.spec.stages import ExitSpec, PartSpec, StageSpec
 
@@ -92,7 +93,7 @@ class _Lowering:
 
     def _cutter(self, model: ModelSpec) -> Cutter:
         given = example_inputs(model)
-        return Cutter(capture(self._make(model), given.args, given.kwargs))
+        return Cutter(capture(self._make(model), given.args, given.kwargs, given.ranges))
 
     def _add(self, draft: Draft) -> Draft:
         self._drafts.append(draft)
@@ -226,7 +227,8 @@ class _Lowering:
             )
         (port,) = graph.outputs
         head = self._make(exit_model(declared, port))
-        (made,) = Cutter(capture(head, example(graph.outputs))).split([])
+        ranges = [port.ranges]
+        (made,) = Cutter(capture(head, example(graph.outputs), ranges=ranges)).split([])
         if len(made.outputs) != 1 or len(made.outputs[0].shape) != 2:
             found = ", ".join(f"{p.name} {list(p.shape)}" for p in made.outputs)
             raise ConfigError(
@@ -274,9 +276,9 @@ class _Lowering:
             present = Port(PRESENT, "F32", (None, len(ends)))
             outputs, given = [present, *outputs], (given[0].new_ones(2, len(ends)), *given)
         else:
-            shape = tuple(n or 1 for n in outputs[0].shape[1:])
-            module = self._make(ModelSpec(factory=stage.fuse, example=shape))
-        (made,) = Cutter(capture(module.eval(), given)).split([])
+            module = self._make(ModelSpec(factory=stage.fuse, example=outputs[0].sizes()))
+        ranges = [port.ranges for port in outputs]
+        (made,) = Cutter(capture(module.eval(), given, ranges=ranges)).split([])
         return renamed(made, dict(zip(_names(made.inputs), _names(outputs), strict=True)))
 
 
@@ -297,7 +299,7 @@ def exit_model(declared: ExitSpec, port: Port) -> ModelSpec:
         factory=declared.factory,
         kwargs=declared.kwargs,
         weights=declared.weights,
-        example=tuple(n or 1 for n in port.shape[1:]),
+        example=port.sizes(),
     )
 
 
@@ -331,13 +333,25 @@ def _attach(
 def _fits(branch: str, given: Sequence[Port], wanted: Sequence[Port]) -> None:
     """Raise ConfigError unless a branch takes what it is given."""
     kinds = [[(p.dtype, p.shape[1:]) for p in ports] for ports in (given, wanted)]
-    if kinds[0] != kinds[1]:
-        text = [", ".join(f"{p.dtype} {list(p.shape[1:])}" for p in ps) for ps in (given, wanted)]
+    within = kinds[0] == kinds[1] and all(map(_covers, wanted, given))
+    if not within:
+        text = [
+            ", ".join(f"{p.dtype} {describe(p.shape[1:], p.ranges)}" for p in ports)
+            for ports in (given, wanted)
+        ]
         raise ConfigError(
             f"branch {branch!r} takes {text[1]}; it is given {text[0]}",
             where=f"stages.{branch}.model.example",
             hint="all branches take the same input",
         )
+
+
+def _covers(wanted: Port, given: Port) -> bool:
+    """Tell whether all sizes of one tensor are sizes of another."""
+    return all(
+        a is None or b is None or (a.low <= b.low and b.high <= a.high and a.step in (1, b.step))
+        for a, b in zip(wanted.ranges, given.ranges, strict=True)
+    )
 
 
 def _alike(stage: StageSpec, ends: Sequence[Draft]) -> None:

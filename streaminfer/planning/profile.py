@@ -115,6 +115,7 @@ class Profile(_Frozen):
     encodings: tuple[Encoding, ...] = ()
     links: tuple[Link, ...] = ()
     ingest: float = 0.0  # seconds to decode one input record
+    sample: tuple[int, ...] = ()  # what was measured, where samples have many sizes: the largest
 
     @property
     def weight_bytes(self) -> int:

@@ -129,14 +129,14 @@ def capture_model(spec: PipelineSpec, *, random_weights: bool = False) -> Captur
     given = example_inputs(declared)
     return Captured(
         spec,
-        Cutter(capture(model, given.args, given.kwargs)),
+        Cutter(capture(model, given.args, given.kwargs, given.ranges)),
         model_key(spec, random_weights),
     )
 
 
 def example_tensors(captured: Captured, rows: int = 2) -> list[torch.Tensor]:
     """Return seeded input of a model, a tensor [rows, …] for each of its inputs, in order."""
-    ports = tuple(port(node) for node in captured.graph.inputs)
+    ports = tuple(port(node, "", captured.graph) for node in captured.graph.inputs)
     return example_inputs(captured.spec.first_model, rows).ports(ports)
 
 
@@ -238,10 +238,11 @@ def _fresh(captured: Captured, place: Place, batches: Sequence[int], say: Say) -
         nodes=nodes,
         ties=_ties(graph),
         cuts=_points(cutter),
-        input_bytes=sum(_row_bytes(node) for node in graph.inputs),
-        output_bytes=sum(_row_bytes(node) for node in graph.outputs.values()),
+        input_bytes=sum(_row_bytes(graph, node) for node in graph.inputs),
+        output_bytes=sum(_row_bytes(graph, node) for node in graph.outputs.values()),
         devices=(device,),
         encodings=encoded,
+        sample=next(iter(model.examples().values())).sizes() if model.varies else (),
     )
 
 
@@ -299,10 +300,9 @@ def _points(cutter: Cutter) -> tuple[CutPoint, ...]:
     )
 
 
-def _row_bytes(node: fx.Node) -> int:
+def _row_bytes(graph: Capture, node: fx.Node) -> int:
     val = node.meta["val"]
-    sizes = [n if isinstance(n, int) else 1 for n in val.shape[1:]]
-    return math.prod(sizes) * int(val.element_size())
+    return math.prod(graph.row(val.shape)) * int(val.element_size())
 
 
 def _nodes(graph: Capture) -> tuple[NodeProfile, ...]:
@@ -358,7 +358,7 @@ def _peaks(graph: Capture) -> list[int]:
         used = max((position.get(user, end) for user in node.users), default=position[node])
         used = end if node in outputs else used
         first, last, size = spans.get(root, (position[node], used, 0))
-        spans[root] = (first, max(last, used), max(size, _row_bytes(node)))
+        spans[root] = (first, max(last, used), max(size, _row_bytes(graph, node)))
     change = [0] * (end + 2)
     for first, last, size in spans.values():
         change[first] += size

@@ -105,7 +105,7 @@ def _exits(
     if not exits:
         return []
     given = example_inputs(declared).to(device)
-    cutter = Cutter(capture(model, given.args, given.kwargs))
+    cutter = Cutter(capture(model, given.args, given.kwargs, given.ranges))
     found = []
     for stage in exits:
         assert stage.exit is not None  # noqa: S101 - chosen by it

@@ -14,12 +14,14 @@ from pydantic import ValidationError
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.source import file_of_factory
+from streaminfer.ranges import Range
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
 
 __all__ = ["Example", "Subject", "parse_examples", "subject"]
 
-EXAMPLE = r"(\d+(?:x\d+)*)(?::([A-Za-z0-9_]+)(?:<(\d+))?)?"
+SIZE = r"\d+(?:\.\.\d+(?:/\d+)?)?"
+EXAMPLE = rf"({SIZE}(?:x{SIZE})*)(?::([A-Za-z0-9_]+)(?:<(\d+))?)?"
 LEAST = 2  # whole numbers are 0 or 1 unless told: what every vocabulary and mask has
 IMAGENET = 224  # the side of `--example` where a model is named without one
 
@@ -31,7 +33,7 @@ class Example:
     `max`: whole numbers are below it.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | Range, ...]
     dtype: str = "float32"
     max: int | None = None
 
@@ -51,7 +53,8 @@ def subject(text: str, kwargs: str = "{}", example: str = "") -> Subject:
     Args:
         text: what the user named.
         kwargs: JSON, arguments of the factory.
-        example: "3x224x224[:dtype]"; several inputs are separated by commas.
+        example: "3x224x224[:dtype]"; several inputs are separated by commas; a size may be a
+            range, "3x64..512x64..512/32".
 
     Raises:
         ConfigError: no such file or model, or the other arguments don't fit.
@@ -105,11 +108,18 @@ def parse_examples(text: str) -> tuple[Example, ...]:
                 hint="sizes of one sample joined by x, and a dtype: 3x224x224 or 77:int64, or "
                 "77:int64<1000 for numbers below 1000; several inputs are separated by commas",
             )
-        shape = tuple(int(n) for n in match[1].split("x"))
+        shape = tuple(_size(n) for n in match[1].split("x"))
         whole = (match[2] or "").startswith(("int", "uint"))
         bound = int(match[3]) if match[3] else LEAST if whole else None
         found.append(Example(shape, match[2] or "float32", bound))
     return tuple(found)
+
+
+def _size(text: str) -> int | Range:
+    try:
+        return int(text) if text.isdecimal() else Range.parse(text)
+    except ValueError as error:
+        raise ConfigError(str(error), where="--example") from None
 
 
 def _declared(examples: tuple[Example, ...]) -> list[Any]:
@@ -121,11 +131,15 @@ def _declared(examples: tuple[Example, ...]) -> list[Any]:
             hint=f"--example 3x{IMAGENET}x{IMAGENET} for images",
         )
     if examples == (Example(examples[0].shape),):
-        return list(examples[0].shape)
+        return _shape(examples[0])
     return [
-        {"shape": list(e.shape), "dtype": e.dtype, **({"max": e.max} if e.max else {})}
+        {"shape": _shape(e), "dtype": e.dtype, **({"max": e.max} if e.max else {})}
         for e in examples
     ]
+
+
+def _shape(example: Example) -> list[int | str]:
+    return [str(n) if isinstance(n, Range) else n for n in example.shape]
 
 
 def _options(kwargs: str) -> dict[str, Any]:
@@ -142,6 +156,10 @@ def _options(kwargs: str) -> dict[str, Any]:
     return options
 
 
+def _ranged(size: int | Range) -> bool:
+    return isinstance(size, Range)
+
+
 def _document(
     factory: str, kwargs: Mapping[str, Any], examples: tuple[Example, ...]
 ) -> dict[str, Any]:
@@ -150,9 +168,11 @@ def _document(
         model["kwargs"] = dict(kwargs)
     shape, image = examples[0].shape, False
     alone = examples == (Example(shape),)
-    if alone and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
+    if alone and len(shape) == 3 and shape[0] in (1, 3) and any(map(_ranged, shape)):
+        source: dict[str, Any] = {"channels": shape[0]}  # images keep their sizes
+    elif alone and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
         image = True
-        source: dict[str, Any] = {"resize": shape[1], "crop": shape[1], "channels": shape[0]}
+        source = {"resize": shape[1], "crop": shape[1], "channels": shape[0]}
     else:
         source = {"decode": "tensor"}
     if image and shape == (3, IMAGENET, IMAGENET):

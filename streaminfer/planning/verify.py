@@ -35,6 +35,8 @@ HEADROOM = 32
 # kernels. Measured, ResNet-50 at 448 pixels: 3e-6 in tiles up to layer2, and 2e-6 between the whole
 # on one thread and on two.
 SUMS = 1e-5
+# Where sizes vary: all at the lowest, all at the highest, between, and the second unlike the first.
+SHARES = ((0.0,), (1.0,), (0.37,), (0.83, 0.21))
 SAME_ROW = 1e-4  # of the outputs' deviation: kernels sum in other orders at other batch sizes
 
 
@@ -53,6 +55,7 @@ class VerifyReport:
     stages: int
     batch_sizes: tuple[int, ...]
     samples: int
+    sizes: tuple[tuple[int, ...], ...]  # of samples, where model.example has a range
     digest: str
 
     def to_json(self) -> str:
@@ -64,7 +67,7 @@ def verify(
     spec: PipelineSpec,
     plan_folder: Path,
     *,
-    images: torch.Tensor | None = None,
+    images: torch.Tensor | Sequence[torch.Tensor] | None = None,
     batch_sizes: Sequence[int] = (1, 2, 3, 8),
     device: torch.device = CPU,
 ) -> VerifyReport:
@@ -79,8 +82,9 @@ def verify(
     Args:
         spec: the pipeline file.
         plan_folder: its plan directory.
-        images: real input of the model's one argument, float32 [n, *example]; None: seeded random
-            input.
+        images: real input of the model's one argument, float32 [n, *example], or several such
+            where the example has a range; None: seeded random input, of the smallest size, the
+            largest and some between.
         batch_sizes: compared one by one; images beyond the largest follow in batches of it.
         device: where both compute. On a GPU in full float32: what TF32 rounds is not the cut's.
 
@@ -102,12 +106,14 @@ def verify(
     )
     tally = _Tally()
     with torch.inference_mode(), _plain_attention(), _full_float32():
-        for rows in _batches(spec, images, batch_sizes):
+        for rows in _batches(spec, plan, images, batch_sizes):
             batch = rows.to(device)
             whole = model(batch)
             tally.add(whole, programs.run(plan, batch))
             tally.add_uncast(whole, programs.run(native, batch))
             tally.check_rows(model, batch, whole)
+            if spec.first_model.varies:
+                tally.sizes[tuple(batch.ports(programs.inputs)[0].shape[1:])] = None
     return _report(plan, tally, batch_sizes)
 
 
@@ -138,15 +144,26 @@ def _full_float32() -> Iterator[None]:
 
 
 def _batches(
-    spec: PipelineSpec, images: torch.Tensor | None, sizes: Sequence[int]
+    spec: PipelineSpec,
+    plan: Plan,
+    images: torch.Tensor | Sequence[torch.Tensor] | None,
+    sizes: Sequence[int],
 ) -> Iterator[Inputs]:
     model = spec.first_model
-    rows = example_inputs(model, max(sizes)) if images is None else _one(model, images)
-    for size in sizes:
-        if size <= len(rows):
-            yield rows[:size]
-    for start in range(max(sizes), len(rows), max(sizes)):
-        yield rows[start : start + max(sizes)]
+    if images is None:
+        alike = [r.name for s in plan.stages[0].inputs for r in s.ranges if r is not None]
+        shares = SHARES if model.varies else ((1.0,),)
+        usable = [one for one in shares if len(one) == 1 or not any(alike)]
+        found = [example_inputs(model, max(sizes), one) for one in usable]
+    else:
+        several = [images] if isinstance(images, torch.Tensor) else images
+        found = [_one(model, one) for one in several]
+    for rows in found:
+        for size in sizes:
+            if size <= len(rows):
+                yield rows[:size]
+        for start in range(max(sizes), len(rows), max(sizes)):
+            yield rows[start : start + max(sizes)]
 
 
 def _one(model: ModelSpec, images: torch.Tensor) -> Inputs:
@@ -161,6 +178,7 @@ class _Programs:
     def __init__(self, plan: Plan, folder: Path, device: torch.device) -> None:
         self._device = device
         self._stages = {s.name: _load(stage_files(folder, s.name), device) for s in plan.stages}
+        self.inputs = self._stages[plan.stages[0].name].inputs
         exits = [s for s in plan.stages if s.exit is not None]
         self._exits = {s.name: _load(exit_files(folder, s.name), device) for s in exits}
 
@@ -210,6 +228,7 @@ class _Tally:
         self.max_abs, self.max_rel, self.deviation = 0.0, 0.0, 0.0
         self.max_uncast, self.largest = 0.0, 0.0
         self.samples, self.ranked, self.agreed = 0, 0, 0
+        self.sizes: dict[tuple[int, ...], None] = {}
 
     def add(self, whole: Sequence[torch.Tensor], cut: Sequence[torch.Tensor]) -> None:
         self.samples += len(whole[0])
@@ -271,5 +290,6 @@ def _report(plan: Plan, tally: _Tally, batch_sizes: Sequence[int]) -> VerifyRepo
         stages=len(plan.stages),
         batch_sizes=tuple(batch_sizes),
         samples=tally.samples,
+        sizes=tuple(tally.sizes),
         digest=plan.digest,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from streaminfer.errors import DecodeError
+from streaminfer.errors import DecodeError, SchemaError
+from streaminfer.ranges import Range
 from streaminfer.spec import InputSpec
 
-__all__ = ["decode_image"]
+__all__ = ["Ranges", "decode_image"]
 
 Pixels = NDArray[np.uint8]
+Ranges = Sequence[Range | None]  # of channels, height and width; () where the model takes one size
 
 ACCEPTED = "send a still image as raw JPEG, PNG or WebP bytes"
 # The readers by name, not Image.open: that warns of "decompression bombs" by a limit of its own,
@@ -75,14 +78,18 @@ HEAD = 1 << 16  # bytes in which a JPEG's segments of metadata begin
 BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image", b"heic": "a HEIC image"}
 
 
-def decode_image(value: bytes, content_type: str | None, spec: InputSpec) -> Pixels:
+def decode_image(
+    value: bytes, content_type: str | None, spec: InputSpec, ranges: Ranges = ()
+) -> Pixels:
     """Decode, resize and crop one image: uint8 [C, H, W], contiguous and writable.
 
     C is `spec.channels`; H and W are the picture's own where `spec` sets neither resize nor crop.
+    Where `ranges` have steps, they are the nearest sizes of these: nothing is padded.
     The magic bytes decide the format, whatever image/* `content_type` says.
 
     Raises:
         DecodeError: The value is no JPEG, PNG or WebP, is damaged, or is beyond the limits.
+        SchemaError: Its sides are not in the ranges.
     """
     _check_content_type(content_type)
     if not value:
@@ -96,8 +103,8 @@ def decode_image(value: bytes, content_type: str | None, spec: InputSpec) -> Pix
     if kind not in READERS:
         raise DecodeError(f"the value is {kind}: {ACCEPTED}")
     try:
-        pixels = _fit(_read(value, kind, spec), spec)
-    except DecodeError:
+        pixels = _fit(_read(value, kind, spec), spec, ranges)
+    except (DecodeError, SchemaError):
         raise
     except Exception as error:  # on damaged bytes Pillow raises nearly anything
         raise DecodeError(f"the {kind} image is damaged ({error}): send the whole file") from error
@@ -238,10 +245,10 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _fit(pixels: Pixels, spec: InputSpec) -> Pixels:
+def _fit(pixels: Pixels, spec: InputSpec, ranges: Ranges) -> Pixels:
     """Convert to grey, resize and crop as `spec` asks: [H, W] or [H, W, 3]."""
     grey = spec.channels == 1 and pixels.ndim == 3
-    size = _resized(pixels.shape[1], pixels.shape[0], spec)
+    size = _in_range(_resized(pixels.shape[1], pixels.shape[0], spec), ranges)
     if grey or size != (pixels.shape[1], pixels.shape[0]):
         image: Any = Image.fromarray(pixels)
         if grey:
@@ -262,6 +269,23 @@ def _resized(width: int, height: int, spec: InputSpec) -> tuple[int, int]:
             f"the limit is {spec.max_pixels:,} pixels"
         )
     return size
+
+
+def _in_range(size: tuple[int, int], ranges: Ranges) -> tuple[int, int]:
+    """Return the nearest (width, height) that the model takes: at most half a step is lost."""
+    if not ranges:
+        return size
+    _, height, width = ranges
+    fitting = [
+        (given.nearest(n) if given else n) for n, given in zip(size, (width, height), strict=True)
+    ]
+    for n, given, what in zip(fitting, (width, height), ("width", "height"), strict=True):
+        if given and n not in given:
+            raise SchemaError(
+                f"the image is {size[0]}x{size[1]}; its {what} must be in {given}: send another "
+                "size, or set input.resize, which scales the shorter side"
+            )
+    return fitting[0], fitting[1]
 
 
 def _crop(pixels: Pixels, side: int) -> Pixels:

@@ -91,13 +91,15 @@ class Device:
         Raises ConfigError if the device's memory is not enough for the weights and one sample.
         """
         torch.set_num_threads(self._stage.threads)
-        shapes = [spec.shape[1:] for spec in self._stage.plan.inputs]
+        inputs = self._stage.plan.inputs
         try:
             self._program = self._stage.load()
             if self._stage.exit is not None:
                 self._exit = self._stage.exit.load()
-            if any(n is None for shape in shapes for n in shape):
+            if any(n is None for s in inputs if not s.ranges for n in s.shape[1:]):
                 return  # sizes that only the data settles
+            if any(s.ranges for s in inputs):
+                self._forward(self._zeros(1, smallest=True))
             self._forward(self._zeros(1))  # the first batch of a size makes the kernels choose
         except torch.OutOfMemoryError as error:
             name, device = self._stage.plan.path, self._stage.device
@@ -120,10 +122,10 @@ class Device:
             except torch.OutOfMemoryError:
                 self.limit //= 2
 
-    def _zeros(self, rows: int) -> Outputs:
+    def _zeros(self, rows: int, *, smallest: bool = False) -> Outputs:
         return {
             spec.name: torch.zeros(
-                (rows, *(n or 1 for n in spec.shape[1:])), dtype=DTYPES[spec.dtype]
+                (rows, *spec.sizes(smallest=smallest)), dtype=DTYPES[spec.dtype]
             ).to(self._stage.device)
             for spec in self._stage.plan.inputs
         }

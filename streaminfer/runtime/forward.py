@@ -11,6 +11,7 @@ batch too large for the memory is halved, and the size is remembered.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from streaminfer.runtime.steps import Item, Plain, Result, Settled
 from streaminfer.wire import Envelope, Failure, Hop, Tensor
 
 __all__ = ["Forward", "Stage"]
+
+PATIENCE = 0.25  # seconds that a part of a batch lets full ones of other shapes go by
 
 
 @dataclass(eq=False)
@@ -162,14 +165,17 @@ class Forward(Plain):
         """Take the next batch, or nothing while it may still grow.
 
         A full batch goes at once, one ahead of the device; a part goes when the device is idle
-        and its oldest call has waited `batch.wait`.
+        and its oldest call has waited `batch.wait`, or PATIENCE while others' full ones go by.
         """
-        now = time.monotonic()
+        now, limit = time.monotonic(), self._device.limit
+        waiting = {key: sum(len(c.envelope.samples) for c in q) for key, q in self._queues.items()}
+        patience = PATIENCE if max(waiting.values(), default=0) >= limit else math.inf
         for key in sorted(self._queues, key=lambda k: self._queues[k][0].arrived):
             queue = self._queues[key]
-            rows = sum(len(c.envelope.samples) for c in queue)
-            aged = now - queue[0].arrived >= self._stage.batch.wait
-            if (rows >= self._device.limit and self._running < 2) or (aged and not self._running):
+            waited = now - queue[0].arrived
+            ready = waiting[key] >= limit or waited >= patience
+            aged = waited >= self._stage.batch.wait
+            if (ready and self._running < 2) or (aged and not self._running):
                 calls: list[_Call] = []
                 rows = 0
                 while queue and (

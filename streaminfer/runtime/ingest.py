@@ -173,9 +173,10 @@ class Ingest(Plain):
             sample, row = self._tensor(sample, value)
         elif spec.decode == "image":
             (taken,) = self._inputs.values()
-            pixels = decode_image(value, kind or None, spec)
+            pixels = decode_image(value, kind or None, spec, taken.ranges)
             _check_shape(pixels.shape, taken, "image")
             row = {taken.name: Tensor("U8", pixels.shape, pixels.data.cast("B"))}
+            _check_names(row, self._inputs)
         else:
             raise SchemaError(
                 f"content-type is {kind or 'none'!r}; this pipeline takes tensors: {TENSOR}"
@@ -194,6 +195,7 @@ class Ingest(Plain):
             if tensor.dtype != wanted.dtype:
                 raise SchemaError(f"tensor has dtype {tensor.dtype}; {name} takes {wanted.dtype}")
             _check_shape(tensor.shape, wanted, "tensor")
+        _check_names(row, self._inputs)
         deadline = sample.deadline_ms
         if message.deadline_ms:
             deadline = sample.timestamp_ms + message.deadline_ms
@@ -301,15 +303,33 @@ def _check_sizes(record: Record) -> None:
 
 def _check_shape(shape: tuple[int, ...], wanted: TensorSpec, what: str) -> None:
     fixed = wanted.shape[1:]
+    ranges = wanted.ranges or (None,) * len(fixed)
     fits = len(shape) == len(fixed) and all(
-        want is None or have == want for have, want in zip(shape, fixed, strict=True)
+        have in given if given else want is None or have == want
+        for have, want, given in zip(shape, fixed, ranges, strict=True)
     )
     if not fits:
-        sizes = tuple("any" if n is None else n for n in fixed)
+        sizes = ", ".join(str(r or n or "any") for n, r in zip(fixed, ranges, strict=True))
+        sizes += "," * (len(fixed) == 1)
         raise SchemaError(
-            f"{what} has shape {tuple(shape)}; {wanted.name} takes {sizes}"
+            f"{what} has shape {tuple(shape)}; {wanted.name} takes ({sizes})"
             + (": set input.resize and input.crop to fit all images" * (what == "image"))
         )
+
+
+def _check_names(row: _Row, inputs: Mapping[str, TensorSpec]) -> None:
+    """Refuse a sample whose sizes of one name differ: the model takes them for one size."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, tensor in row.items():
+        for at, (size, given) in enumerate(zip(tensor.shape, inputs[name].ranges, strict=False)):
+            if given is None or not given.name:
+                continue
+            here = f"dimension {at} of {name}"
+            known, there = found.setdefault(given.name, (size, here))
+            if known != size:
+                raise SchemaError(
+                    f"{here} is {size}, but {there} is {known}: the model takes equal sizes there"
+                )
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from streaminfer.errors import SchemaError
-from streaminfer.runtime.decode import decode_image
+from streaminfer.runtime.decode import Ranges, decode_image
 from streaminfer.spec import InputSpec
 
-__all__ = ["batch_of", "normalise", "top_k"]
+__all__ = ["batch_of", "batches_of", "normalise", "top_k"]
 
 
 def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -36,10 +36,21 @@ def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tenso
     return run
 
 
-def batch_of(values: Sequence[bytes], spec: InputSpec) -> Tensor:
-    """Decode image files into what the model takes, float32 [N,C,H,W]. Raises DecodeError."""
-    pixels = torch.from_numpy(np.stack([decode_image(value, None, spec) for value in values]))
-    return normalise(spec, torch.device("cpu"))(pixels)
+def batch_of(values: Sequence[bytes], spec: InputSpec, ranges: Ranges = ()) -> Tensor:
+    """Decode image files into what the model takes, float32 [N,C,H,W]. Raises DecodeError.
+
+    `ranges`: of the sizes that the model takes; the images are of one of them.
+    """
+    images = [decode_image(value, None, spec, ranges) for value in values]
+    return normalise(spec, torch.device("cpu"))(torch.from_numpy(np.stack(images)))
+
+
+def batches_of(values: Sequence[bytes], spec: InputSpec, ranges: Ranges) -> list[Tensor]:
+    """Decode image files of any sizes in `ranges`: a batch for each size. Raises DecodeError."""
+    groups: dict[tuple[int, ...], list[bytes]] = {}
+    for value in values:
+        groups.setdefault(decode_image(value, None, spec, ranges).shape, []).append(value)
+    return [batch_of(group, spec, ranges) for group in groups.values()]
 
 
 def top_k(k: int, logits: str = "") -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

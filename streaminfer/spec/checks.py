@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import PydanticCustomError
 
+from streaminfer.ranges import Range
+
 if TYPE_CHECKING:
     from streaminfer.spec.models import InputSpec, KafkaSpec, PipelineSpec
     from streaminfer.spec.stages import (
@@ -33,6 +35,7 @@ __all__ = [
     "file_problems",
     "input_problems",
     "nearest",
+    "range_problems",
     "refuse",
     "replica_problems",
     "split_problems",
@@ -255,11 +258,23 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
             f"{len(examples)} inputs, but an image is one",
             "input.decode: tensor, and send them as tensors",
         )
+    elif isinstance(shape[0], Range):
+        yield Problem(
+            ("model", "example"),
+            f"{list(shape)}: an image has a fixed number of channels, not {shape[0]}",
+            f"[{spec.input.channels}, height, width]; height and width may be ranges",
+        )
     elif len(shape) != 3 or shape[0] != spec.input.channels:
         yield Problem(
             ("model", "example"),
             f"{list(shape)} is not an image of {spec.input.channels} channel(s)",
             "[channels, height, width]; or input.decode: tensor",
+        )
+    elif examples[0].ranges and spec.input.resize and not _reached(spec.input.resize, shape[1:]):
+        yield Problem(
+            ("input", "resize"),
+            f"{spec.input.resize}, but model.example takes no such side: {list(shape)}",
+            "resize is of the shorter side: a size within both ranges",
         )
     elif examples[0].dtype != "float32":
         yield Problem(
@@ -271,7 +286,43 @@ def example_problems(spec: PipelineSpec) -> Iterator[Problem]:
         yield Problem(
             ("model", "example"),
             f"{list(shape)} is not what input.crop gives",
-            f"[{shape[0]}, {crop}, {crop}]",
+            f"[{shape[0]}, {crop}, {crop}]"
+            + ("; or drop input.crop, and images keep their sizes" * bool(examples[0].ranges)),
+        )
+
+
+def _reached(side: int, sizes: Sequence[int | Range]) -> bool:
+    """Tell whether the shorter side of an image may have this size."""
+    return all(n.nearest(side) in n if isinstance(n, Range) else n >= side for n in sizes)
+
+
+def range_problems(spec: PipelineSpec) -> Iterator[Problem]:
+    """Samples of many sizes are not cut into tiles, and branches on the input take the same."""
+    for i, stage in enumerate(spec.stages):
+        if spec.model and spec.model.varies:
+            yield from _tile_problems(("stages", i), stage)
+        shapes = [list(b.model.examples().values()) for b in stage.branches]
+        for k, branch in enumerate(stage.branches):
+            where = ("stages", i, "branches", k)
+            if branch.model.varies:
+                for j, part in enumerate(branch.stages):
+                    yield from _tile_problems((*where, "stages", j), part)
+            alike = [e.shape for e in shapes[k]] == [e.shape for e in shapes[0]]
+            if spec.model is None and not alike and any(e.ranges for e in (*shapes[k], *shapes[0])):
+                yield Problem(
+                    (*where, "model", "example"),
+                    f"{branch.name!r} takes other sizes than {stage.branches[0].name!r}",
+                    "all branches take the same input: give them the same ranges",
+                )
+
+
+def _tile_problems(where: tuple[str | int, ...], stage: PartSpec) -> Iterator[Problem]:
+    if stage.split and stage.split.by == "tiles":
+        yield Problem(
+            (*where, "split"),
+            "tiles are cut of images of one size, and model.example has a range: where a tile's "
+            "border lies is settled when the plan is built",
+            "by: channels takes every size; or one size: input.resize and input.crop",
         )
 
 

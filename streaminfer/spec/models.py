@@ -193,6 +193,7 @@ class PipelineSpec(Frozen):
                 checks.edge_problems(self),
                 checks.replica_problems(self),
                 checks.example_problems(self),
+                checks.range_problems(self),
                 checks.topic_problems(self),
             )
         )

@@ -6,6 +6,8 @@ StageSpec   layers on a device; split in parts, or branches that are fused; an e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -22,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from streaminfer.ranges import Range
 from streaminfer.spec import checks
 from streaminfer.spec.checks import refuse
 from streaminfer.spec.units import (
@@ -33,6 +36,7 @@ from streaminfer.spec.units import (
     Name,
     Positive,
     Shares,
+    Sides,
     Version,
     at_least,
 )
@@ -70,10 +74,11 @@ class Frozen(BaseModel):
 class TensorExample(Frozen):
     """One input of a model: a sample's shape without the batch, and what may be in it.
 
+    A size may be a range, "64..512" or "64..512/32": what is measured is measured at the largest.
     Floats are random normal; whole numbers are random from 0 to below `max`.
     """
 
-    shape: tuple[Positive, ...]
+    shape: tuple[Sides, ...]
     dtype: DType = "float32"
     max: Positive | None = None
 
@@ -82,12 +87,23 @@ class TensorExample(Frozen):
         refuse(checks.bound_problems(self))
         return self
 
+    @property
+    def ranges(self) -> tuple[Range | None, ...]:
+        """The range of each size; None where it is one size. () where all are."""
+        found = tuple(n if isinstance(n, Range) else None for n in self.shape)
+        return found if any(found) else ()
+
+    def sizes(self, shares: Sequence[float] = (1.0,)) -> tuple[int, ...]:
+        """Return a sample's shape; its ranges by turns at a share of the way from the lowest."""
+        share = cycle(shares)
+        return tuple(n.between(next(share)) if isinstance(n, Range) else n for n in self.shape)
+
 
 def _shape_alone(value: object) -> object:
     return {"shape": value} if isinstance(value, list | tuple) else value
 
 
-_Shape = Annotated[tuple[Positive, ...], Field(min_length=1)]
+_Shape = Annotated[tuple[Sides, ...], Field(min_length=1)]
 _OneInput = Annotated[
     TensorExample, BeforeValidator(_shape_alone, json_schema_input_type=_Shape | TensorExample)
 ]
@@ -96,7 +112,9 @@ _OneInput = Annotated[
 def _form(value: object) -> str:
     if isinstance(value, dict):
         return "named"
-    several = isinstance(value, list | tuple) and value and not isinstance(value[0], int | str)
+    several = (
+        isinstance(value, list | tuple) and value and not isinstance(value[0], int | str | Range)
+    )
     return "several" if several else "one"
 
 
@@ -110,6 +128,9 @@ Example = Annotated[
 
 class ModelSpec(Frozen):
     """Where the model comes from. `example` is the shape of one sample, without the batch.
+
+    A size may be a range, as in [3, "64..512", "64..512/32"]; images of many sizes then go through
+    as they are, and with a step their sides are resized to the nearest size of the range.
 
     Of a model with several inputs, `example` is a list of them (given by position), or a mapping by
     the names of the forward's arguments (given as keywords): {shape, dtype, max} each.
@@ -147,13 +168,18 @@ class ModelSpec(Frozen):
         refuse(checks.file_problems(self))
         return self
 
+    @property
+    def varies(self) -> bool:
+        """Whether its samples may differ in size."""
+        return any(one.ranges for one in self.examples().values())
+
     def examples(self) -> dict[str, TensorExample]:
         """Return every input by the forward's argument, or by "0", "1", … where it has no name."""
         if isinstance(self.example, dict):
             return self.example
         given = [e for e in self.example if isinstance(e, TensorExample)]
         if not given:
-            shape = tuple(n for n in self.example if isinstance(n, int))
+            shape = tuple(n for n in self.example if isinstance(n, int | Range))
             given = [TensorExample(shape=shape)]
         return {str(i): one for i, one in enumerate(given)}
 

@@ -10,7 +10,9 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator
+
+from streaminfer.ranges import PATTERN, Range
 
 __all__ = [
     "Channels",
@@ -25,6 +27,7 @@ __all__ = [
     "Positive",
     "Prefix",
     "Shares",
+    "Sides",
     "Size",
     "Topic",
     "Version",
@@ -129,6 +132,22 @@ def _shares(value: object) -> object:
     return numbers
 
 
+def _sides(value: object) -> int | Range:
+    if isinstance(value, Range):
+        return value
+    if isinstance(value, str) and not value.strip().isdecimal():
+        return Range.parse(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError('expected a whole number, or a range as "64..512" or "64..512/32"')
+    if int(value) < 1:
+        raise ValueError("expected at least 1")
+    return int(value)
+
+
+def _plain(value: int | Range) -> int | str:
+    return str(value) if isinstance(value, Range) else value
+
+
 Size = Annotated[
     int,
     BeforeValidator(parse_size, json_schema_input_type=int | Annotated[str, Field(pattern=SIZE)]),
@@ -179,6 +198,13 @@ Factory = Annotated[
     Field(json_schema_extra={"pattern": FACTORY}),
 ]
 Positive = Annotated[int, Field(ge=1)]
+Sides = Annotated[
+    int | Range,
+    PlainValidator(
+        _sides, json_schema_input_type=Positive | Annotated[str, Field(pattern=PATTERN)]
+    ),
+    PlainSerializer(_plain),
+]  # of one dimension of a sample: one size, or those of a range
 FileName = Annotated[str, Field(min_length=1)]
 Version = Annotated[str, BeforeValidator(_version, json_schema_input_type=str | int)]
 Labels = Annotated[

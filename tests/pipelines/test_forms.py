@@ -57,6 +57,16 @@ EXIT = {
 }
 
 
+MANY = {"model": {"example": [1, "8..16", "8..16"]}}  # sizes
+
+
+def many_sizes(**stage: Any) -> dict[str, Any]:
+    """Two models that take any size side by side."""
+    model = {"factory": "model.py:build", "weights": "weights.safetensors", **MANY["model"]}
+    branches = [{"name": "a", "model": model, **STAGED}, {"name": "b", "model": model}]
+    return {"model": None, **stages({"name": "all", "branches": branches, **stage})}
+
+
 STEM, EARLY, HEAD = {"name": "stem", "until": "stem"}, {"until": "early"}, {"name": "head"}
 TRUNK = {"name": "trunk", **EARLY}
 STAGED = {"stages": [{"name": "front", **EARLY}, {"name": "back"}]}
@@ -156,6 +166,17 @@ FORMS: dict[str, Changes] = {
         {"name": "trunk", "until": "down", **channels()},
         HEAD,
     ),
+    "many sizes, by channels": {**MANY, **stages(STEM, {**TRUNK, **channels()}, HEAD)},
+    "many sizes, first by channels": {**MANY, **stages({**STEM, **channels(3)}, HEAD)},
+    "many sizes, local, with an exit": {
+        **MANY, **stages({"name": "stem", **EARLY, **EXIT}, HEAD), "edges": LOCAL
+    },
+    "many sizes, balanced, int8": {
+        **MANY,
+        **stages(STEM, {**TRUNK, "replicas": 2}, HEAD),
+        "edges": {"trunk": {"partitioning": "balance"}, "default": QUARTER},
+    },
+    "many sizes, branches": many_sizes(fuse="max", quorum=2),
     "two replicas, balanced": {
         **stages(STEM, {**TRUNK, "replicas": 2}, HEAD),
         "edges": {"trunk": {"partitioning": "balance"}},
@@ -205,6 +226,7 @@ def test_every_form_of_the_readme_has_a_file() -> None:
     assert names >= {
         "pipeline.yaml", "replicas.yaml", "local.yaml", "channels.yaml", "tiles.yaml",
         "tiles-vote.yaml", "ensemble.yaml", "early-exit.yaml", "balance.yaml", "hybrid.yaml",
+        "sizes.yaml",
     }  # fmt: skip
     for file in FILES:
         first = file.read_text().split("\npipeline:")[0]

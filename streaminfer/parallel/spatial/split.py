@@ -59,6 +59,9 @@ class _Survey:
     pools: dict[fx.Node, Pool] = field(default_factory=dict)
 
 
+VARIES = "tiles are cut of images of one size, and this model's have a range"
+
+
 def split_tiles(cutter: Cutter, first: int, last: int, grid: tuple[int, int]) -> Fan:
     """Split the stage of the nodes first..last into tiles that together give what it gives.
 
@@ -75,6 +78,10 @@ def split_tiles(cutter: Cutter, first: int, last: int, grid: tuple[int, int]) ->
         CaptureError: a layer that looks at all of the map, or a grid finer than the map; names
             the layer and the nearest stage end that works.
     """
+    if cutter.captured.sizes:
+        raise CaptureError(
+            VARIES, hint="by: channels takes every size; or one size: input.resize and input.crop"
+        )
     try:
         tiling = _Tiling(cutter, first, last, grid)
     except _Obstacle as obstacle:
@@ -84,6 +91,8 @@ def split_tiles(cutter: Cutter, first: int, last: int, grid: tuple[int, int]) ->
 
 def tiles_problem(cutter: Cutter, first: int, last: int, grid: tuple[int, int]) -> str:
     """Say why the stage of the nodes first..last may not be split so; "" if it may."""
+    if cutter.captured.sizes:
+        return VARIES
     try:
         _Tiling(cutter, first, last, grid)
     except _Obstacle as obstacle:

@@ -129,14 +129,14 @@ class _Weaver:
 
     def _port(self, node: fx.Node, part: int) -> Port:
         """Return what a part is sent or gives of a value."""
-        place, whole = self._layout[node], port(node)
+        place, whole = self._layout[node], port(node, "", self._captured)
         if isinstance(place, Whole):
             return whole
         shape = list(whole.shape)
         if isinstance(place, Sharded):
             size = shape[place.dim]
             shape[place.dim] = None if size is None else place.shares()[part].of(size)
-        return Port(f"{node.name}_{part}of{self._parts}", whole.dtype, tuple(shape))
+        return whole._replace(name=f"{node.name}_{part}of{self._parts}", shape=tuple(shape))
 
     def _given(self, part: int) -> list[fx.Node]:
         """Return what a part gives: what all of them have comes from the first."""
@@ -184,7 +184,7 @@ class _Weaver:
         read = {p.name: p for part in parts for p in part.inputs}
         graph.output(tuple(made[name] for name in read))
         graph.eliminate_dead_code()
-        inputs = tuple(port(node) for node in self._inputs)
+        inputs = tuple(port(node, "", self._captured) for node in self._inputs)
         return StageGraph(graph, {}, inputs, tuple(read.values()), ())
 
     def _gather(self) -> StageGraph:
@@ -207,7 +207,7 @@ class _Weaver:
             graph,
             weights,
             tuple(self._port(n, i) for i, n in given),
-            tuple(port(node, name) for name, node in self._outputs.items()),
+            tuple(port(node, name, self._captured) for name, node in self._outputs.items()),
             tuple(dict.fromkeys(path for n in behind if (path := path_of(n)))),
         )
 

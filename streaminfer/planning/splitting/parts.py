@@ -125,7 +125,10 @@ class Parts:
 
 
 def _row_bytes(ports: Sequence[Port]) -> int:
-    return sum(TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape).row_bytes() for p in ports)
+    return sum(
+        TensorSpec(name=p.name, dtype=p.dtype, shape=p.shape, ranges=p.ranges).row_bytes()
+        for p in ports
+    )
 
 
 def _weight_bytes(graph: StageGraph) -> int:
