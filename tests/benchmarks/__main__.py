@@ -25,6 +25,7 @@ from tests.benchmarks import (
     resnet50,
     shards,
     simulated,
+    sizes,
     speedup,
     tiles,
     zoo,
@@ -53,6 +54,7 @@ MEASURES: Sequence[tuple[Measure, Mapping[str, str | None]]] = (
     (resnet50.measure, {resnet50.RAW: "≥ 1.0", resnet50.PLAIN: None}),
     (shards.measure, {shards.EQUAL: "≥ 1.0", shards.PAIRS: "≤ 1e-6"}),
     (speedup.measure, {speedup.MEMORY: "≥ 1.85", speedup.KAFKA: "≥ 1.7"}),
+    (sizes.measure, {sizes.ROUNDED: None, sizes.OWN: None}),
     (loading.measure, {loading.TIME: "≤ 20", loading.BYTES: "≤ 1.01"}),
     (zoo.measure, {zoo.EQUAL: "≥ 1.0"}),
 )
