@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from streaminfer.runtime import device, forward, outbox, receive, sink, steps, worker
+from streaminfer.runtime.gather import Gather
 from streaminfer.runtime.receive import Raw
 
 __all__ = ["run"]
@@ -104,8 +105,9 @@ def _as_time(loop: Loop) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (device, forward, outbox, receive, sink, steps, worker):
             stack.enter_context(patch.object(module, "time", clock))
-        # its default is the function itself, taken when the class was made
-        stack.enter_context(patch.object(Raw.__init__, "__defaults__", (loop.time,)))
+        # their default is the function itself, taken when the class was made
+        for made in (Raw, Gather):
+            stack.enter_context(patch.object(made.__init__, "__defaults__", (loop.time,)))
         yield
 
 

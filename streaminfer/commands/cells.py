@@ -8,6 +8,7 @@ from streaminfer.errors import ConfigError
 from streaminfer.plan import ITEMSIZE, Plan, StagePlan
 from streaminfer.planning.profile import Profile
 from streaminfer.planning.simulation.encoded import edge_name, encoded
+from streaminfer.planning.simulation.measured import timed
 from streaminfer.planning.simulation.scenario import Encoded, SimStage, StageTimes
 from streaminfer.spec import PipelineSpec, StageSpec
 from streaminfer.topics import ANSWER
@@ -67,19 +68,15 @@ def _cell(
     local = stage.name != role.stages[0]
     declared = spec.stage(stage.path)
     gathers = isinstance(declared, StageSpec) and role.gathers and not local
-    return SimStage(
+    cell = SimStage(
         name=stage.name,
         seconds=times.seconds,
-        warming={n: max(0.0, t - times.seconds[n]) for n, t in times.cold.items()},
         speeds=times.speeds or (1.0,) * role.replicas,
         batch_max=batch.max,
         batch_wait=batch.wait,
         bytes_out=_bytes_out(plan, stage) * (times.ratio if plan.consumers(stage.name) else 1.0),
         local=local,
         threads=declared.threads or share(spec, plan),
-        takes=times.takes,
-        noise=times.noise,
-        beside=max(1.0, times.beside),
         reads=tuple(source.stage for source in stage.sources),
         bytes_in=tuple(
             _bytes_in(plan, stage, source.tensors) * measured[source.stage].ratio
@@ -97,6 +94,7 @@ def _cell(
         edge=edge_name(stage.edge.dtype, stage.edge.compress),
         encodings={} if local or kept is None else _encodings(plan, stage, kept),
     )
+    return timed(cell, times)
 
 
 def _encodings(plan: Plan, stage: StagePlan, kept: Profile) -> dict[str, Encoded]:

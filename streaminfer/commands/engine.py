@@ -37,6 +37,7 @@ class Engine:
 
     host: Host
     calls: Calls
+    after: Calls  # a pause
 
 
 def apart(host: Host) -> Host:
@@ -64,7 +65,12 @@ async def measure_engine(
         found = await calibrate(small, plan, folder, inputs, cores, seconds=SECONDS)
         times = await time_stages(small, plan, folder, batches=batches)
     host = replace(found.host, decode=time_decode(small.input, inputs))
-    return Engine(host, Calls(times["mid"].seconds, times["first"].seconds, times["last"].seconds))
+    each, first, last = (times[name] for name in ("mid", "first", "last"))
+    return Engine(
+        host,
+        Calls(each.seconds, first.seconds, last.seconds),
+        Calls(each.cold, first.cold, last.cold, each.noise),
+    )
 
 
 def _pipeline(spec: PipelineSpec, most: int, outputs: int, top_k: int) -> PipelineSpec:

@@ -171,6 +171,7 @@ def _machine(known: Subject, found: Profile, outputs: int, link: Link) -> Machin
         spec.batch.wait,
         host=host,
         calls=engine.calls,
+        after=engine.after,
         transit=transit,
         partitions=spec.kafka.partitions,
         memory=spec.memory,

@@ -24,8 +24,9 @@ from streaminfer.commands.trial import device_seconds
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
 from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan, stage_files
+from streaminfer.planning.simulation.measured import stage_times
 from streaminfer.planning.simulation.scenario import StageTimes
-from streaminfer.planning.timing import cores
+from streaminfer.planning.timing import PAUSE, PAUSES, cores
 from streaminfer.runtime.compute import forward, share
 from streaminfer.runtime.decode import decode_image
 from streaminfer.runtime.rows import select
@@ -41,9 +42,7 @@ __all__ = ["time_decode", "time_stages"]
 
 GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
-GLUE = 6  # times that a call takes the lock beside its operators: for its bytes, for its end
 PAIRS, BESIDE = 3, 3  # times that calls are timed alone and beside others, so many each
-PAUSES, PAUSE = 5, 0.01  # single calls, and the seconds before each
 
 
 def time_decode(source: InputSpec, inputs: Sequence[Input]) -> float:
@@ -82,25 +81,22 @@ async def time_stages(
         feed = [_feed(spec, plan, stage, made, n) for n in sizes]
         rows = {device: await bench.timed(device, feed) for device in dict.fromkeys(devices)}
         times = {device: [statistics.median(t.warm) for t in one] for device, one in rows.items()}
-        after = [statistics.median(t.cold) for t in rows[devices[0]]]
         low, middle, high = statistics.quantiles(rows[devices[0]][-1].warm, n=4)
         first = times[devices[0]]
-        found[stage.name] = StageTimes(
+        single = [one.cold for one in rows[devices[0]]]
+        calls = stage_times(
             dict(zip(sizes, first, strict=True)),
-            (high - low) / middle,
-            tuple(first[-1] / times[device][-1] for device in devices),
-            cold=dict(zip(sizes, after, strict=True)),
-            beside=await bench.beside(devices[0], feed[-1]),
-            takes=GLUE + _operators(folder, stage.name),
-            noise=tuple(
-                t / middle
-                for one, middle in zip(rows[devices[0]], after, strict=True)
-                for t in one.cold
-            ),
+            dict(zip(sizes, single, strict=True)),
+            _operators(folder, stage.name),
+            await bench.beside(devices[0], feed[-1]),
         )
         made[stage.name] = await bench.output(devices[0], feed[-1])
-        packed = _ratio(made[stage.name])
-        found[stage.name] = replace(found[stage.name], ratio=packed)
+        found[stage.name] = replace(
+            calls,
+            spread=(high - low) / middle,
+            speeds=tuple(first[-1] / times[device][-1] for device in devices),
+            ratio=_ratio(made[stage.name]),
+        )
     return found
 
 

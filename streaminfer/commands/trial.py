@@ -79,6 +79,7 @@ class Trial:
     batch: Mapping[str, float]  # samples in a device call, on average
     host: float  # CPU seconds per second of the event loop
     others: float  # cores that other processes kept busy meanwhile
+    partial: float = 0.0  # 0-1 of the answers: without some of what a quorum can do without
 
 
 def device_seconds(metrics: Metrics) -> dict[str, float]:
@@ -168,6 +169,12 @@ def _leaves(metrics: Metrics) -> dict[str, float]:
         elif reading.name == "streaminfer_stage_batch_size_samples_sum":
             rows[reading.labels["stage"]] = reading.value
     return {name: gone.get(name, 0.0) / n for name, n in rows.items() if n}
+
+
+def _partial(metrics: Metrics) -> float:
+    """Return the samples that went on so far without some of their branches."""
+    name = "streaminfer_gather_partial_samples_total"
+    return sum(reading.value for reading in metrics.readings() if reading.name == name)
 
 
 def _batches(metrics: Metrics) -> dict[str, float]:
@@ -279,6 +286,7 @@ class _Load:
         self._done: list[float] = []
         self._count = 0
         self._random = np.random.default_rng((scenario.seed, 1))
+        self._span = scenario.seconds - scenario.warm
         self._acks: list[asyncio.Future[Position]] = []
 
     async def run(self) -> Trial:
@@ -295,6 +303,7 @@ class _Load:
                 try:
                     await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
                     before, used = device_seconds(self._pipeline.metrics), _Used.now()
+                    partial = _partial(self._pipeline.metrics)
                     await asyncio.wait(
                         [failing, reading],
                         timeout=began + scenario.seconds - _now(),
@@ -302,6 +311,7 @@ class _Load:
                     )
                     after = device_seconds(self._pipeline.metrics)
                     used = _Used.now() - used
+                    partial = _partial(self._pipeline.metrics) - partial
                     for task in (failing, reading):
                         if task.done():
                             task.result()
@@ -309,11 +319,11 @@ class _Load:
                     for task in (reading, sending, failing):
                         task.cancel()
                     await asyncio.gather(reading, sending, failing, return_exceptions=True)
-        return self._trial(before, after, used)
+        trial = self._trial(before, after, used)
+        return replace(trial, partial=partial / max(1, round(trial.throughput * self._span)))
 
     def _trial(self, before: Mapping[str, float], after: Mapping[str, float], used: _Used) -> Trial:
-        scenario = self._scenario
-        span = scenario.seconds - scenario.warm
+        scenario, span = self._scenario, self._span
         sent, done = np.array(self._sent), np.array(self._done)
         counts = (done >= scenario.warm) & (done <= scenario.seconds)
         if not counts.any():

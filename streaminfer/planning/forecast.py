@@ -12,8 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from streaminfer.errors import ConfigError
+from streaminfer.planning.calls import call_times
 from streaminfer.planning.predict import LOAD, Candidate, PlacedStage, periods
-from streaminfer.planning.profile import DeviceProfile, Encoding, Profile
+from streaminfer.planning.profile import DeviceProfile, Encoding, Profile, Timing
+from streaminfer.planning.simulation.measured import timed
 from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Report,
@@ -28,16 +33,19 @@ if TYPE_CHECKING:
 
 __all__ = ["busy_of", "forecast", "loaded", "scenario"]
 
-SPAN = 2.0  # seconds that are counted, if that is no more than MANY samples: many commits
+SPAN = 4.0  # seconds that are counted, if that is no more than MANY samples: many commits
+WARM = 2.0  # seconds before that: micro-batches may come apart slowly
 MANY = 10_000
+LONGER = 4  # times that a simulation of which nothing came is made twice as long
 FULL = 40  # micro-batches that are counted at least
+WAVES = 16  # times that all of a closed loop's samples are: they may be answered in waves
 RANDOM = 2000  # samples of the load at random: 20 of them are beyond the p99
 
 
 def forecast(candidate: Candidate, profile: Profile, request: Request) -> Candidate:
     """Return the candidate with the throughput, p50, p99, busy and limit of its simulation."""
     plain = scenario(candidate, profile, request)
-    full = simulate(plain)
+    full = _full(plain, candidate)
     bounds = periods(candidate.stages, candidate.batch, profile, request.link, request.machine)
     most = candidate.batch / bounds["cores"] if bounds["cores"] else float("inf")
     # workers of one machine that are processes of their own share its cores all the same
@@ -50,9 +58,25 @@ def forecast(candidate: Candidate, profile: Profile, request: Request) -> Candid
         throughput=throughput,
         p50=late.p50,
         p99=late.p99,
-        limit="cores" if bound else _limit(candidate, full, request),
+        limit="cores" if bound else _limit(candidate, plain, full, bounds),
         occupied={k: v * slower for k, v in busy_of(candidate, full.busy).items()},
     )
+
+
+def _full(plain: Scenario, candidate: Candidate) -> Report:
+    report = simulate(plain)
+    for _ in range(LONGER):
+        if report.throughput:
+            return report
+        plain = replace(plain, seconds=2 * plain.seconds)
+        report = simulate(plain)
+    if not report.throughput:
+        raise ConfigError(
+            f"{candidate.form}: nothing would come out of it in {plain.seconds:,.1f} s, by calls "
+            "that differ as much as those that were measured",
+            hint="was the machine busy? profile again when it is idle",
+        )
+    return report
 
 
 def scenario(candidate: Candidate, profile: Profile, request: Request) -> Scenario:
@@ -65,8 +89,8 @@ def scenario(candidate: Candidate, profile: Profile, request: Request) -> Scenar
     partitions = max(machine.partitions, *(stage.replicas for stage in candidate.stages))
     window = 2 * batch * max(partitions, 1 + sum(workers))
     rate = max(candidate.throughput, 1e-6)
-    span = max(min(SPAN, MANY / rate), FULL * batch / rate, 2 * window / rate)
-    warm = max(span / 2, 2 * window / rate)
+    span = max(min(SPAN, MANY / rate), FULL * batch / rate, WAVES * window / rate)
+    warm = max(min(WARM, MANY / rate), 2 * window / rate)
     stages = _cells(candidate, profile, request)
     widest = ROW_OVERHEAD + max(stage.bytes_out for stage in stages)
     room = max(machine.memory, batch * partitions * int(widest))
@@ -118,8 +142,8 @@ def _cells(candidate: Candidate, profile: Profile, request: Request) -> list[Sim
             found.append(replace(cell, reads=before, local=joined))
             continue
         parts, sent = stage.sides, stage.split.row_bytes - stage.row_bytes
-        around = {b: request.machine.calls.seconds(b) for b in cell.seconds}
-        door = replace(cell, seconds=around, speeds=(1.0,), shares=(1.0,), threads=1)
+        door = replace(cell, speeds=(1.0,), shares=(1.0,), threads=1)
+        door = timed(door, call_times([_nothing(b) for b in cell.seconds], request.machine))
         sliced = stage.split.how.grid is not None
         if sliced or not before:
             name, out = f"{stage.name}.scatter", float(max(0, sent))
@@ -147,19 +171,19 @@ def _stage(k: int, candidate: Candidate, profile: Profile, request: Request) -> 
     codec = _codec(k, candidate, profile, request)
     part = _part(candidate, stage, devices)
     times = [
-        {
-            b: part * _compute(stage, device, b) + machine.calls.seconds(b, not k, end) + b * codec
-            for b in sizes
-        }
+        call_times(
+            [_layers(stage, device, b) for b in sizes],
+            machine, part=part, codec=codec, begins=not k, ends=end,
+        )
         for device in devices
-    ]
+    ]  # fmt: skip
     most = max(sizes)
     raw = float(profile.output_bytes)
     answer = min(raw, float(ANSWER * machine.top_k)) if machine.top_k else raw
-    return SimStage(
+    cell = SimStage(
         name=stage.name,
-        seconds=times[0],
-        speeds=tuple(times[0][most] / max(own[most], 1e-12) for own in times),
+        seconds={},
+        speeds=tuple(times[0].seconds[most] / max(own.seconds[most], 1e-12) for own in times),
         batch_max=candidate.batch,
         batch_wait=machine.wait,
         bytes_out=answer if end else float(stage.row_bytes),
@@ -167,6 +191,7 @@ def _stage(k: int, candidate: Candidate, profile: Profile, request: Request) -> 
         shares=stage.shares or (1.0,) * len(devices),
         device=stage.devices[0],
     )
+    return timed(cell, times[0])
 
 
 def _device(name: str, stage: PlacedStage, request: Request) -> DeviceProfile:
@@ -185,8 +210,16 @@ def _part(candidate: Candidate, stage: PlacedStage, devices: Sequence[DeviceProf
 
 
 def _compute(stage: PlacedStage, device: DeviceProfile, batch: int) -> float:
+    return _layers(stage, device, batch).whole
+
+
+def _layers(stage: PlacedStage, device: DeviceProfile, batch: int) -> Timing:
     timing = device.timing(batch)
-    return sum(timing.seconds[stage.first : stage.last + 1]) if timing else 0.0
+    return timing.span(stage.first, stage.last) if timing else _nothing(batch)
+
+
+def _nothing(batch: int) -> Timing:
+    return Timing(batch=batch, seconds=(), whole=0.0, spread=0.0)
 
 
 def _codec(k: int, candidate: Candidate, profile: Profile, request: Request) -> float:
@@ -207,16 +240,14 @@ def _codec(k: int, candidate: Candidate, profile: Profile, request: Request) -> 
     return seconds
 
 
-def _limit(candidate: Candidate, full: Report, request: Request) -> str:
-    """Return what is at work most of its time at full load."""
-    machine, busy = request.machine, busy_of(candidate, full.busy)
-    cpu = sum(
-        busy[s.name] * s.replicas * s.sides * s.threads
-        for s in candidate.stages
-        if s.devices[0] == "cpu"
-    )
-    cpu += full.host + machine.host.decode * full.throughput
-    shares = {**busy, "event loop": full.host}
-    if machine.host.cores is not None:
-        shares["cores"] = cpu / machine.cores
+def _limit(candidate: Candidate, plain: Scenario, full: Report, bounds: Mapping[str, float]) -> str:
+    """Return what is at work most of its time at full load; waiting for the lock is no work."""
+    works = {}
+    for cell in plain.stages:
+        size = max(1.0, full.batch[cell.name])
+        each = float(np.interp(size, range(cell.batch_max + 1), cell.table())) / size
+        works[cell.name] = full.throughput * each / sum(cell.speeds)
+    shares = {**busy_of(candidate, works), "event loop": full.host}
+    if plain.host.cores is not None:
+        shares["cores"] = bounds["cores"] * full.throughput / candidate.batch
     return max(shares, key=lambda name: shares[name])

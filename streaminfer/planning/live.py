@@ -24,6 +24,8 @@ __all__ = ["Advice", "CellRate", "Change", "Layer", "Live", "Look", "Place", "ad
 HOT = 0.7  # 0-1 of the time: below it what limits a pipeline is the load, not a cell
 SAMPLES = 200  # that have to come through while it is measured
 BATCHES = 20  # of the cell that limits
+NEAR = 0.75  # of the best change's gain: as good, so that what it asks for decides
+COSTS = ("cut", "whole", "replica")  # nothing, memory for the whole model, one more device
 STAGE = "streaminfer_stage_"
 Verdict = Literal["change", "leave", "measure longer"]
 
@@ -253,14 +255,16 @@ def advise(
             f"{capacity:,.1f} samples a second, and {rate:,.1f} come"
         )
         return said("leave", why, notes=tuple(notes))
-    changes = sorted(_changes(loads, cores, layers), key=lambda change: -change.gain)
+    changes = list(_changes(loads, cores, layers))
+    near = NEAR * max((c.gain for c in changes), default=0.0)
+    changes.sort(key=lambda c: (c.gain < near, COSTS.index(c.kind), -c.gain))
     good = [c for c in changes if c.gain >= worth]
     for change in good:
         if all(_again(change, half, places, cores, layers) >= worth for half in halves):
             why = f"{name} works {busy:.0%} of the time and limits the pipeline"
             others = tuple(c for c in changes if c is not change)
             return said("change", why, change=change, others=others, notes=tuple(notes))
-    best = f"the best change brings {changes[0].gain:.0%}" if changes else "nothing can be changed"
+    best = f"the best change brings {near / NEAR:.0%}" if changes else "nothing can be changed"
     why = f"{best}, less than {worth:.0%}"
     if good:
         why = f"{good[0].text} would bring {good[0].gain:.0%}, but not in all of the measurement"
@@ -290,8 +294,9 @@ def _together(halves: Sequence[Live]) -> Live:
 
 def _loads(live: Live, places: Sequence[Place]) -> list[_Load]:
     """Return what each cell spends for a sample of the input: those behind an exit, for fewer."""
-    came = live.cells[places[0].name].samples
-    return [_Load(p, live.cells[p.name].seconds / came if came else 0.0) for p in places]
+    came, plain = live.cells[places[0].name].samples, all(p.plain for p in places)
+    rows = {p.name: live.cells[p.name].samples if plain else came for p in places}
+    return [_Load(p, live.cells[p.name].seconds / max(1.0, rows[p.name])) for p in places]
 
 
 def _capacity(loads: Sequence[_Load], cores: float | None) -> float:
@@ -322,19 +327,19 @@ def _again(
     layers: Sequence[Layer],
 ) -> float:
     """Return the gain of the same change, by one half of the measurement alone."""
-    found = _changes(_loads(half, places), cores, layers)
+    found = _changes(_loads(half, places), cores, layers, change.until)
     same = (change.kind, change.stage, change.until)
     return max((c.gain for c in found if (c.kind, c.stage, c.until) == same), default=0.0)
 
 
 def _changes(
-    loads: Sequence[_Load], cores: float | None, layers: Sequence[Layer]
+    loads: Sequence[_Load], cores: float | None, layers: Sequence[Layer], only: str = ""
 ) -> Iterator[Change]:
     now = _capacity(loads, cores)
     if not math.isfinite(now):
         return
     yield from _replica(loads, cores, now)
-    yield from _cuts(loads, cores, layers, now)
+    yield from _cuts(loads, cores, layers, now, only)
     devices = sum({load.place.worker: load.place.replicas for load in loads}.values())
     if len({load.place.worker for load in loads}) > 1 and all(load.place.plain for load in loads):
         one = loads[0].place._replace(replicas=devices)
@@ -357,9 +362,9 @@ def _replica(loads: Sequence[_Load], cores: float | None, now: float) -> Iterato
 
 
 def _cuts(
-    loads: Sequence[_Load], cores: float | None, layers: Sequence[Layer], now: float
+    loads: Sequence[_Load], cores: float | None, layers: Sequence[Layer], now: float, only: str
 ) -> Iterator[Change]:
-    """Yield, for each cut between two plain stages, the best place for it."""
+    """Yield, for each cut between two plain stages, the best place for it (`only`: that one)."""
     ends = {layer.until: k for k, layer in enumerate(layers)}
     first = 0  # layer of the stage
     for k, (a, b) in enumerate(pairwise(loads)):
@@ -373,7 +378,7 @@ def _cuts(
         best: Change | None = None
         for at in range(len(parts) - 1):
             until = layers[first + at].until
-            if first + at == cut:
+            if first + at == cut or (only and until != only):
                 continue
             moved = list(loads)
             moved[k] = _Load(a.place, sum(parts[: at + 1]))

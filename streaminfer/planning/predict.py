@@ -42,12 +42,13 @@ class Calls:
     """Seconds of a device's thread around a stage's layers, by batch: bytes to tensors and back.
 
     `each`: of a stage between others. `first` and `last`: of those at the pipeline's ends, where
-    pixels are normalised and classes ranked.
+    pixels are normalised and classes ranked. `noise`: single calls ÷ their median.
     """
 
     each: Mapping[int, float] = field(default_factory=dict)
     first: Mapping[int, float] = field(default_factory=dict)
     last: Mapping[int, float] = field(default_factory=dict)
+    noise: tuple[float, ...] = ()
 
     def seconds(self, batch: int, begins: bool = False, ends: bool = False) -> float:
         """Return the seconds of a call; linear between the sizes that are known."""
@@ -71,6 +72,7 @@ class Machine:
         host: what the engine costs; with `host.cores` all workers are one process, as on the
             memory bus, and their hops take turns on its event loop.
         calls: what a device's thread does beside a stage's layers.
+        after: the same in a call that comes after a pause; without it none is colder.
         transit: what a message takes between two workers.
         partitions: of the topics.
         memory: bytes of samples in flight.
@@ -81,6 +83,7 @@ class Machine:
     wait: float = 0.004
     host: Host = field(default_factory=Host)
     calls: Calls = field(default_factory=Calls)
+    after: Calls | None = None
     transit: Transit = field(default_factory=Transit)
     partitions: int = 8
     memory: int = 512_000_000

@@ -1,7 +1,8 @@
 """What was measured of a model and of the road: plain data, no torch, kept as JSON.
 
 nodes    n0   n1   n2   n3   n4   n5        what computes, in order; a position indexes it
-seconds  t0   t1   t2   t3   t4   t5        per device and batch size
+seconds  t0   t1   t2   t3   t4   t5        per device and batch size; after a pause, too, and
+                                            while another device computes
 cuts                ▲         ▲             positions behind which a stage may end, by layer
 peak     p0   p1   p2   p3   p4   p5        bytes of activations alive while a node runs, per row
 """
@@ -84,6 +85,20 @@ class Timing(_Frozen):
     seconds: tuple[float, ...]
     whole: float
     spread: float  # upper ÷ lower quartile of the whole model's repeats, minus 1
+    single: tuple[tuple[float, ...], ...] = ()  # by node, of each pass that came after a pause
+    beside: tuple[float, ...] = ()  # by node, while another device computed; (): none did
+
+    def span(self, first: int, last: int) -> Timing:
+        """Return the same of some of the nodes alone."""
+        seconds = self.seconds[first : last + 1]
+        return Timing(
+            batch=self.batch,
+            seconds=seconds,
+            whole=sum(seconds),
+            spread=self.spread,
+            single=tuple(nodes[first : last + 1] for nodes in self.single),
+            beside=self.beside[first : last + 1],
+        )
 
 
 class DeviceProfile(_Frozen):
@@ -103,7 +118,7 @@ class DeviceProfile(_Frozen):
 class Profile(_Frozen):
     """All that the planner and the simulator know of a model on these devices."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     model: str
     key: str  # of the model's files, its arguments and torch: what the figures depend on
     nodes: tuple[NodeProfile, ...]

@@ -8,11 +8,16 @@ so that they sum to the time of the whole model without clocks in between:
 
 A CPU worker with one thread is timed by that thread's own CPU clock, which stands still while
 another program has the core. The wall clock tells whether one had.
+
+Some passes come after a pause, when caches hold other things, and some while another thread runs
+the same model, as the device of another stage will: both take longer, and not all nodes alike.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +27,26 @@ import torch
 from torch import fx
 
 from streaminfer.parallel.pipeline import Cutter
-from streaminfer.parallel.program import Values, dump, load
+from streaminfer.parallel.program import Program, Values, dump, load
 from streaminfer.planning.profile import Timing, quartile
 
-__all__ = ["BUSY", "Runner", "available_memory", "cores", "measure", "threads_set"]
+__all__ = [
+    "BUSY",
+    "PAUSE",
+    "PAUSES",
+    "Runner",
+    "available_memory",
+    "cores",
+    "measure",
+    "threads_set",
+]
 
 WARM = 1
 REPEATS = range(5, 26)
 SECONDS = 1.5  # of repeats per batch size, once there are enough of them
+PAUSES, PAUSE = 5, 0.01  # single passes, and the seconds before each
+BESIDE = 3  # passes beside another thread
+LONG = 1.0  # seconds of a pass, from which on one of each kind will do
 BUSY = 0.35  # upper ÷ lower quartile, minus 1: above it something else was running
 
 
@@ -39,10 +56,15 @@ class Runner:
     def __init__(self, cutter: Cutter, device: torch.device) -> None:
         (stage,) = cutter.split([])
         self.nodes, self.device = cutter.captured.nodes, device
-        self.whole = load(dump(stage), stage.weights, device)
+        self._stage = stage
+        self.whole = self.again()
         position = {node: i for i, node in enumerate(self.nodes)}
         self._name_here = {node.name: name for name, node in stage.origins.items()}
         self._position = {n: position[o] for n, o in stage.origins.items() if o in position}
+
+    def again(self) -> Program:
+        """Return the program once more, of the same weights, for another thread."""
+        return load(dump(self._stage), self._stage.weights, self.device)
 
     def run(
         self,
@@ -116,8 +138,7 @@ def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
         runner: the model on the device.
         inputs: on the device; dimension 0 is the batch.
     """
-    alone = runner.device.type == "cpu" and torch.get_num_threads() == 1
-    now = time.thread_time if alone else time.perf_counter
+    now = _time_of(runner.device)
     clock = _Clock(len(runner.nodes), runner.device, now)
     totals: list[float] = []
     walls: list[float] = []
@@ -145,7 +166,60 @@ def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
         seconds=tuple(t * scale for t in nodes),
         whole=low,
         spread=quartile(walls, 0.75) / quartile(walls, 0.25) - 1,
+        single=_single(runner, inputs, scale, PAUSES if low < LONG else 1),
+        beside=_beside(runner, inputs, scale, BESIDE if low < LONG else 1),
     )
+
+
+def _time_of(device: torch.device) -> Callable[[], float]:
+    """Return the clock of what this thread computes."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def _single(
+    runner: Runner, inputs: Sequence[torch.Tensor], scale: float, passes: int
+) -> tuple[tuple[float, ...], ...]:
+    """Time the nodes in passes that come after a pause each."""
+    found = []
+    for _ in range(passes):
+        clock = _Clock(len(runner.nodes), runner.device, _time_of(runner.device))
+        time.sleep(PAUSE)
+        runner.run(inputs, clock=clock)
+        clock.collect()
+        found.append(tuple(scale * sum(seconds) for seconds in clock.seconds))
+    return tuple(found)
+
+
+def _beside(
+    runner: Runner, inputs: Sequence[torch.Tensor], scale: float, passes: int
+) -> tuple[float, ...]:
+    """Time the nodes while another thread runs the model; () if there is no core for it."""
+    threads = torch.get_num_threads()
+    if runner.device.type != "cpu" or cores() < 2 * threads:
+        return ()
+    other, stop, warm = runner.again(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(threads)
+        try:
+            while not stop.is_set():
+                other(*inputs)
+                warm.set()
+        finally:
+            warm.set()
+
+    clock = _Clock(len(runner.nodes), runner.device, _time_of(runner.device))
+    thread = threading.Thread(target=work, name="beside")
+    thread.start()
+    try:
+        warm.wait()
+        for _ in range(passes):
+            runner.run(inputs, clock=clock)
+    finally:
+        stop.set()
+        thread.join()
+    return tuple(scale * statistics.median(s) if s else 0.0 for s in clock.seconds)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from streaminfer.planning import live, profiler
 from streaminfer.planning.live import Advice, Change
 from streaminfer.planning.profile import FOLDER, kept
 from streaminfer.planning.source import model_key
+from streaminfer.planning.verify import verify
 from streaminfer.spec import PipelineSpec
 from streaminfer.spec.file import load
 from streaminfer.topology import build
@@ -179,9 +180,9 @@ def build():
 """
 
 
-def unequal(folder: Path) -> PipelineSpec:
+def unequal(folder: Path, model: str = HEAVY) -> PipelineSpec:
     """Write a pipeline whose second stage has nearly all of the work."""
-    (folder / "model.py").write_text(HEAVY)
+    (folder / "model.py").write_text(model)
     raw = {
         "pipeline": "unequal",
         "model": {"factory": "model.py:build", "example": [3, 32, 32]},
@@ -253,6 +254,58 @@ async def test_a_profiled_model_is_advised_where_to_cut_it(
     assert calm.verdict == "leave"  # the same pipeline, and nobody turns it over for less
     assert calm.change is None
     assert "less than 900%" in calm.why
+
+
+EVEN = """
+from torch import nn
+
+
+def build():
+    net = nn.Sequential()
+    net.add_module("wide", nn.Conv2d(3, 32, 3, padding=1))
+    for k in range(12):
+        net.add_module(f"l{k}", nn.Conv2d(32, 32, 3, padding=1))
+    net.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    net.add_module("flat", nn.Flatten())
+    net.add_module("last", nn.Linear(32, 4))
+    return net.eval()
+"""
+
+
+async def test_a_bad_cut_is_moved_and_a_good_one_is_kept(profiled: Path) -> None:
+    """The way a user goes: profile, be advised, verify the new file, run it, be left alone."""
+    spec = unequal(profiled, EVEN)
+    out = profiled / "new.yaml"
+    asked = Asked(str(spec.path), ["cpu", "cpu"], random_weights=True)
+    await asyncio.to_thread(make_profile, asked, quiet=True)
+    bad = await advised(spec, profiled / "plan", out)
+    assert bad.verdict == "change", bad.why
+    assert bad.bottleneck == "b"
+    assert bad.change is not None
+    assert (bad.change.kind, bad.change.stage) == ("cut", "a")
+    assert bad.change.until in ("l3", "l4", "l5", "l6", "l7")
+    assert bad.change.gain > 0.4  # of 92 % of the work on one device, 60 at most are left
+    assert bad.change.capacity == pytest.approx(bad.capacity * (1 + bad.change.gain))
+    new = load(out)
+    where, _ = plan_of(new, profiled / "new", True)
+    assert (await asyncio.to_thread(verify, new, where)).holds
+    good = await advised(new, where, None)
+    assert good.verdict == "leave", good.why
+    assert good.change is None
+
+
+async def advised(spec: PipelineSpec, folder: Path, out: Path | None) -> Advice:
+    """Run a pipeline at full load, and ask for as long as it takes here."""
+    where, plan = plan_of(spec, folder, True)
+    async with LocalPipeline(spec, plan, where, port=0) as pipeline, busy(pipeline):
+        for seconds in (4.0, 8.0, 16.0, 32.0):
+            found = await replan(
+                spec, [pipeline.address], worth="30%", over=seconds, folder=where, out=out,
+                random_weights=True,
+            )  # fmt: skip
+            if found.verdict != "measure longer":
+                break
+    return found
 
 
 def test_only_the_profile_of_this_very_model_counts(profiled: Path) -> None:

@@ -28,6 +28,8 @@ def made(
     row_bytes: Sequence[int] | None = None,
     devices: Sequence[tuple[str, float]] = (("cpu", 1.0),),
     batches: Sequence[int] = (1,),
+    single: float = 0.0,
+    beside: float = 0.0,
 ) -> Profile:
     """Make a profile of layers a, b, c, …: one node each, a cut behind each but the last.
 
@@ -37,6 +39,8 @@ def made(
         row_bytes: what crosses each cut.
         devices: names and speeds.
         batches: the sizes that were measured.
+        single: times that a layer takes as long after a pause; 0: not measured.
+        beside: times that it takes as long while another device computes; 0: not measured.
     """
     names = "abcdefghij"[: len(ms)]
     crossing = list(row_bytes or [1000] * (len(ms) - 1))
@@ -48,7 +52,7 @@ def made(
         Encoding(position=0, dtype=dtype, codec="none", ratio=0.5, encode=0, decode=0)
         for dtype in ("float16", "bfloat16")
     ]
-    return Profile(
+    whole = Profile(
         model="made:up",
         key="0",
         nodes=tuple(nodes),
@@ -61,6 +65,22 @@ def made(
         devices=tuple(_device(name, speed, ms, batches) for name, speed in devices),
         encodings=tuple(half),
     )
+    return _slowed(whole, single, beside) if single or beside else whole
+
+
+def _slowed(found: Profile, single: float, beside: float) -> Profile:
+    def timing(one: Timing) -> Timing:
+        slow = {by: tuple(by * t for t in one.seconds) for by in (single, beside)}
+        more = {
+            "single": (slow[single],) if single else (),
+            "beside": slow[beside] if beside else (),
+        }
+        return one.model_copy(update=more)
+
+    devices = tuple(
+        one.model_copy(update={"timings": tuple(map(timing, one.timings))}) for one in found.devices
+    )
+    return found.model_copy(update={"devices": devices})
 
 
 def _device(name: str, speed: float, ms: Sequence[float], batches: Sequence[int]) -> DeviceProfile:

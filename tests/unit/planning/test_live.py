@@ -120,6 +120,26 @@ def test_with_a_profile_a_cut_is_moved_to_even_the_stages() -> None:
     assert said(half, half, layers=LAYERS, places=places).verdict == "change"
 
 
+def test_a_better_cut_comes_before_one_more_device() -> None:
+    """Else a user buys a device where moving a layer would have done."""
+    places = [
+        Place("a", "a", "a", 1, layers=("l0",)),
+        Place("b", "b", "b", 1, layers=("l9",)),
+    ]
+    ten = [Layer(name, 0.001) for name in (*(f"l{k}" for k in range(9)), "")]
+    half = live(1.0, 9.0, places=places)
+    fine = said(half, half, places=places, layers=ten)
+    assert fine.change is not None
+    assert (fine.change.kind, fine.change.until) == ("cut", "l4")
+    assert fine.change.gain == pytest.approx(9 / 5 - 1)
+    assert max(c.gain for c in fine.others) == pytest.approx(1.0)  # of one more device
+    # where no cut comes near, the device it is
+    coarse = [Layer("l0", 0.001), Layer("l1", 0.002), Layer("", 0.007)]
+    rough = said(half, half, places=places, layers=coarse)
+    assert rough.change is not None
+    assert rough.change.kind != "cut"
+
+
 def test_a_fan_gets_a_replica_of_each_part_and_no_cut() -> None:
     places = [
         Place("stem", "stem", "stem", 1, layers=("l0",)),
@@ -142,9 +162,28 @@ def test_a_fan_gets_a_replica_of_each_part_and_no_cut() -> None:
 def test_rows_that_left_at_an_exit_do_not_count_for_what_follows() -> None:
     half = live(8.0, 3.0, 3.0)
     few = {**half.cells, "trunk": replace(half.cells["trunk"], samples=300.0)}
-    advice = said(replace(half, cells=few), replace(half, cells=few))
+    places = [PLACES[0]._replace(plain=False), *PLACES[1:]]  # as those with an exit are
+    advice = said(replace(half, cells=few), replace(half, cells=few), places=places)
     assert advice.bottleneck == "stem"
     assert advice.capacity == pytest.approx(125.0)
+
+
+def test_rows_that_still_wait_are_not_rows_that_left() -> None:
+    """Else a stage that falls behind looks quick, and the wrong one is relieved."""
+    half = live(8.0, 4.0, 1.0)
+    few = {**half.cells, "trunk": replace(half.cells["trunk"], samples=300.0)}
+    advice = said(replace(half, cells=few), replace(half, cells=few))
+    assert advice.bottleneck == "trunk"
+    assert advice.capacity == pytest.approx(300 / 4)
+
+
+def test_halves_that_prefer_neighbouring_cuts_agree() -> None:
+    places = [Place("a", "a", "a", 1, layers=("l0",)), Place("b", "b", "b", 1, layers=("end",))]
+    many = [Layer(name, 0.001) for name in (*(f"l{k}" for k in range(59)), "")]
+    one, other = live(1.0, 9.0, places=places), live(1.2, 8.8, places=places)
+    advice = said(one, other, places=places, layers=many, worth=0.3)
+    assert advice.change is not None
+    assert advice.change.kind == "cut"
 
 
 # ---- looks ---------------------------------------------------------------------------------------

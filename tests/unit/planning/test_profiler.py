@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from streaminfer.errors import ConfigError
 from streaminfer.parallel.capture import capture
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.planning import profiler
+from streaminfer.planning.profile import Profile
 from streaminfer.planning.profiler import Captured, Place, capture_model, places, profile
 from streaminfer.planning.subject import subject
 from streaminfer.planning.timing import Runner, cores
 from tests.models import MODELS, make
+from tests.unit.planning.profiles import made
 
 MODEL = """
 from torch import nn
@@ -119,3 +122,27 @@ def test_cpu_workers_share_the_cores() -> None:
         assert (two.names, two.threads) == (("cpu", "cpu"), cores() // 2)
     (many,) = places(["cpu"] * (2 * cores()))
     assert many.threads == 1
+
+
+def test_a_profile_of_an_older_version_is_measured_again(tmp_path: Path) -> None:
+    """Else plans rest on figures that lack what is foreseen by now."""
+    found = made([1, 2], single=2.0, beside=1.5)
+    file = tmp_path / "kept.json"
+    found.save(file)
+    assert Profile.load(file) == found
+    older = json.loads(file.read_text()) | {"version": found.version - 1}
+    file.write_text(json.dumps(older))
+    assert Profile.load(file) is None
+
+
+def test_cold_calls_and_calls_beside_others_are_profiled(captured: Captured) -> None:
+    """Else `plan` promises the latency of a device that is never idle and never shares."""
+    found = profile(captured, [CPU], batches=(1, 2), cached=False)
+    for one in found.devices[0].timings:
+        assert len(one.single) >= 1
+        assert all(len(nodes) == len(found.nodes) for nodes in one.single)
+        assert min(map(sum, one.single)) > 0
+        assert len(one.beside) == (len(found.nodes) if cores() > 1 else 0)
+        part = one.span(1, 2)
+        assert part.seconds == one.seconds[1:3]
+        assert part.single == tuple(nodes[1:3] for nodes in one.single)
