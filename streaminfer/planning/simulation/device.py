@@ -96,7 +96,7 @@ class Device:
             seconds *= stage.noise[machine.noise.integers(len(stage.noise))]
         locked = min(1.0, stage.takes * HELD / seconds) if seconds else 0.0
         stretch = seconds / stage.takes if stage.takes else math.inf
-        work = Work(seconds, stage.threads, locked, stretch, stage.beside)
+        work = Work(seconds, stage.threads, locked, stretch, stage.beside, self)
         machine.cores.run(work, self._computed, calls, began)
 
     def _computed(self, calls: list[tuple[Batch, float, Worker]], began: float) -> None:
