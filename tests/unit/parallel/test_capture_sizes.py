@@ -213,7 +213,7 @@ def test_a_model_that_does_not_take_a_size_is_refused_with_its_line(
         cutter(model, sides)
     assert words in error.value.message
     assert hint in error.value.hint
-    assert "test_sizes.py:" in error.value.where
+    assert "test_capture_sizes.py:" in error.value.where
 
 
 def test_two_sizes_that_the_model_takes_for_one_have_one_name() -> None:
