@@ -22,7 +22,8 @@ from streaminfer.commands.plans import console, plan_of
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Reading, parse
 from streaminfer.plan import Plan
-from streaminfer.planning.live import Advice, Change, Layer, Look, Place, advise, between
+from streaminfer.planning.advice import Advice, Change, Layer, advise
+from streaminfer.planning.live import Look, Place, between
 from streaminfer.planning.profile import Profile, kept
 from streaminfer.planning.source import model_key
 from streaminfer.spec.file import load

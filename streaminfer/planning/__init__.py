@@ -12,7 +12,8 @@ build.py    model → plan directory               verify.py   cut against whole
 cuts.py     where a model may be cut
 
 standin.py  a model that costs nothing, to measure the engine
-live.py     advice for a running pipeline         simulation/ predict by discrete events
+live.py     what a running pipeline measures → advice.py     simulation/ predict by discrete events
+calls.py    layers of a profile → a stage's calls            splitting/  shards and tiles
 """
 
 from streaminfer.planning.source import ensure, source_key

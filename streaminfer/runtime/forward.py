@@ -51,7 +51,6 @@ class Forward(Plain):
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._stage, self._metrics, self._clock = stage, metrics, clock
-        self._device = Device(stage, metrics)
         self._queues: dict[tuple[object, ...], deque[_Call]] = {}
         self._arrived = asyncio.Event()
         self._running = 0

@@ -20,8 +20,9 @@ from streaminfer.commands.asked import Asked
 from streaminfer.commands.planning import make_profile
 from streaminfer.commands.replan import _changed, _layers, addresses
 from streaminfer.errors import ConfigError
-from streaminfer.planning import live, profiler
-from streaminfer.planning.live import Advice, Change
+from streaminfer.planning import advice as advice_module
+from streaminfer.planning import profiler
+from streaminfer.planning.advice import Advice, Change
 from streaminfer.planning.profile import FOLDER, kept
 from streaminfer.planning.source import model_key
 from streaminfer.planning.verify import verify
@@ -212,7 +213,7 @@ async def test_a_profiled_model_is_advised_where_to_cut_it(
     profiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # all of it is one process here: the event loop takes a part of what is the device's in others
-    monkeypatch.setattr(live, "HOT", 0.05)
+    monkeypatch.setattr(advice_module, "HOT", 0.05)
     spec = unequal(profiled)
     where, plan = plan_of(spec, profiled / "plan", True)
     out = profiled / "new.yaml"

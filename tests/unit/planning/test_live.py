@@ -11,16 +11,8 @@ import pytest
 
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
-from streaminfer.planning.live import (
-    Advice,
-    CellRate,
-    Layer,
-    Live,
-    Look,
-    Place,
-    advise,
-    between,
-)
+from streaminfer.planning.advice import Advice, Layer, advise
+from streaminfer.planning.live import CellRate, Live, Look, Place, between
 
 PLACES = [
     Place("stem", "stem", "stem", 1, layers=("l0", "l1")),
