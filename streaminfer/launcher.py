@@ -69,7 +69,9 @@ class Launcher:
             began = loop.time()
             code = await self._once(command)
             if self._stop.is_set():
-                return code
+                # one that was still loading has read nothing: it may end at once, by the signal
+                loading = command.name not in self._ready
+                return 0 if loading and code == -signal.SIGTERM else code
             self._ready.discard(command.name)
             falls += 1
             if loop.time() - began > STEADY:

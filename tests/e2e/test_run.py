@@ -101,6 +101,21 @@ async def test_workers_killed_under_load_lose_nothing(kafka_address: str, folder
         assert any(victim in line for line in again), f"{victim} was not started again: {again}"
 
 
+async def test_a_stop_that_meets_a_worker_still_loading_is_a_clean_one(
+    kafka_address: str, folder: Path
+) -> None:
+    """It is ended by the signal, and has read nothing yet."""
+    file = digits_file(folder)
+    async with streaminfer("run", str(file), "--kafka", kafka_address, cwd=folder) as run:
+        await run.line("ready")
+        dead = run.children()["head"]
+        os.kill(dead, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while run.children().get("head", dead) == dead:  # noqa: ASYNC110 - comes back
+                await asyncio.sleep(0.02)
+        assert await run.stop() == 0, run.text
+
+
 async def test_run_on_the_memory_bus_needs_no_kafka(folder: Path) -> None:
     env = {"KAFKA_BOOTSTRAP_SERVERS": ""}
     async with streaminfer(
