@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Ask", "Outcome", "predict", "print_simulated", "scenario_of"]
 
 CLOSED = 256  # samples in the loop where no rate is given
-BUSY = 0.25  # cores that others use, above which a check is not to be trusted
+BUSY = 0.02  # cores that others use, above which a check's p99 is not to be trusted
 SPREAD = 0.25  # of a stage's times, above which they are not to be trusted
 KAFKA = Link(alpha=0.003, beta=1 / 200e6)  # a broker in the same rack, acks=all
 
@@ -131,7 +131,10 @@ async def predict(
         return Outcome(predicted, changed, None, ask.what_if)
     measured = await drive(spec, plan, where, plain, inputs)
     if measured.others > BUSY:
-        warn(f"other processes kept {measured.others:.1f} cores busy while it was measured")
+        warn(
+            f"others kept {measured.others:.2f} cores busy while it was measured (processes here,"
+            " or other guests of the same host): its p99 is theirs, too"
+        )
     return Outcome(predicted, changed, measured, ask.what_if)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from streaminfer.planning.simulation.events import Clock, Cores, Loop, Work
+from streaminfer.planning.simulation.cores import Cores, Loop, Work
+from streaminfer.planning.simulation.events import Clock
 from streaminfer.planning.simulation.scenario import Host, Link, SimStage
 from streaminfer.planning.simulation.tally import Batch, Tally
 

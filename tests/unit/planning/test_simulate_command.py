@@ -6,6 +6,7 @@ is how micro-batches form, wait, merge and come back.
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,17 @@ def asked(spec: PipelineSpec, folder: Path, **more: Any) -> Outcome:
     return virtual.run(predict(spec, Ask(**more), folder / "plan"))
 
 
+def test_a_check_that_others_disturbed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, used = digits(tmp_path), itertools.count(step=10.0)
+    monkeypatch.setattr(trial, "busy_seconds", lambda: next(used))
+    outcome = asked(spec, tmp_path, rate=5.0, seconds=5.0, check=True)
+    assert outcome.measured is not None
+    assert outcome.measured.others > 0.5
+    assert "cores busy while it was measured" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("rate", "most", "replicas"), [(10.0, 8, 1), (40.0, 8, 1), (40.0, 16, 2), (60.0, 4, 1)]
 )
@@ -50,10 +62,12 @@ def test_the_engine_does_what_is_predicted(
         {"name": "rest", "threads": 1, "replicas": replicas},
     ]
     spec = digits(tmp_path, batch={"max": most, "wait": "200ms"}, stages=stages)
-    for _ in range(3):  # a stall of the machine is the p99 of one run, not of three
+    for _ in range(
+        3
+    ):  # a stall of the machine is in the timing or the p99 of one run, not of three
         outcome = asked(spec, tmp_path, rate=rate, seconds=20.0, check=True)
         ratios = dict(outcome.ratios())
-        if ratios["p99"] == pytest.approx(1.0, abs=0.15):
+        if abs(ratios["p99"] - 1.0) <= 0.15 and abs(ratios["p50"] - 1.0) <= 0.1:
             break
     assert outcome.measured is not None
     assert ratios["throughput"] == pytest.approx(1.0, abs=0.05)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from streaminfer.errors import ConfigError
 from streaminfer.planning.simulation.device import HELD
-from streaminfer.planning.simulation.events import Clock, Cores, Work
 from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Host,
@@ -228,54 +227,6 @@ def test_a_device_waits_at_its_next_operator_while_the_loop_works() -> None:
     assert free.throughput == pytest.approx(80.0, rel=0.03)
     assert free.throughput >= coarse.throughput > 1.2 * fine.throughput
     assert fine.throughput == pytest.approx(8 / (0.1 + 8 * host.answer), rel=0.1)
-
-
-def test_after_five_milliseconds_the_lock_is_handed_over() -> None:
-    """A loop that never sleeps doesn't stop a device for ever: an operator for every 5 ms."""
-    clock = Clock()
-    cores, ended = Cores(clock, 2), list[float]()
-    cores.run(Work(1.0), lambda: ended.append(clock.now))
-    cores.run(Work(0.010, 1, 0.0, 0.001), lambda: ended.append(clock.now))
-    clock.run(2.0)
-    assert ended == [pytest.approx(0.05 + 0.001, abs=0.006), pytest.approx(1.0)]
-
-
-def _busy(threads: int, seconds: float, cores: float = 2.0) -> list[float]:
-    """Let threads work without a pause; return how much longer each job took than its seconds."""
-    clock, took = Clock(), list[float]()
-    shared = Cores(clock, cores)
-
-    def again(thread: str, began: float) -> None:
-        if began < clock.now:
-            took.append((clock.now - began) / seconds)
-        work = Work(seconds, 1, 0.0, math.inf, thread=thread)
-        shared.run(work, again, thread, clock.now)
-
-    for k in range(threads):
-        again(str(k), 0.0)
-    clock.run(60.0)
-    return sorted(took)
-
-
-def test_three_threads_have_two_cores_unevenly_as_the_kernel_gives_them() -> None:
-    """Measured on Linux 6.18, jobs of 23 ms: deciles 1.0 to 2.1, not 1.5 throughout."""
-    took = _busy(3, 0.023)
-    first, last = took[len(took) // 10], took[len(took) * 9 // 10]
-    assert first == pytest.approx(1.0, abs=0.05)
-    assert last == pytest.approx(2.1, abs=0.15)
-    work = len(took) * 0.023 / 60.0
-    assert work == pytest.approx(2.0, rel=0.02), "no core is ever idle"
-
-
-@pytest.mark.parametrize(
-    ("threads", "cores", "longer"), [(2, 2.0, 1.0), (4, 2.0, 2.0), (1, 0.5, 2.0)]
-)
-def test_threads_that_go_evenly_on_cores_have_even_shares(
-    threads: int, cores: float, longer: float
-) -> None:
-    took = _busy(threads, 0.050, cores)
-    assert sum(took) / len(took) == pytest.approx(longer, rel=0.02)
-    assert took[-1] <= longer * 1.15
 
 
 def test_a_loop_takes_longer_to_begin_again_and_an_idle_device_to_compute() -> None:

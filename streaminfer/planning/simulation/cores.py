@@ -1,0 +1,358 @@
+"""What threads of one process share in simulated time: cores, the interpreter's lock, a loop.
+
+Work    what a thread does, and how often it needs the lock for it
+Cores   who runs, where, and how fast
+Loop    an asyncio loop: jobs one after the other, first come, first served
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from streaminfer.planning.simulation.events import Call, Clock
+
+__all__ = ["Cores", "Loop", "Work"]
+
+DONE = 1e-12  # seconds of work that count as none
+SWITCH = 0.005  # seconds after which CPython takes the lock from who has it
+WAKES = 60e-6  # seconds until a thread that waits for the lock runs, if nobody took it again
+TICK = 0.004  # between two times at which the kernel looks who has a core (CONFIG_HZ=250)
+SLICE = 0.0014  # seconds that a core is nobody else's (base_slice of two cores)
+HOT = 0.0005  # seconds for which a thread that was put off stays where its caches are
+PATIENCE = 2  # ticks of an empty core that finds none but those; then it takes one
+MOVES = 0.04  # until the kernel evens out cores: measured 30 to 60 ms, three threads on two
+
+
+class Work(NamedTuple):
+    """What a thread does.
+
+    Attributes:
+        seconds: on a core of its own.
+        threads: cores that it keeps busy.
+        locked: 0-1: of the seconds, with the interpreter's lock.
+        stretch: seconds between two times that it takes the lock; inf: it never does; None: the
+            loop, which keeps it.
+        beside: times that it takes as long while another device computes: they share caches.
+        thread: whose work it is: it goes on where it was, and wakes up there.
+    """
+
+    seconds: float
+    threads: int = 1
+    locked: float = 1.0
+    stretch: float | None = None
+    beside: float = 1.0
+    thread: object = None
+
+
+class _Task:
+    """Work that is under way."""
+
+    __slots__ = ("args", "call", "homes", "left", "off", "rate", "until", "work")
+
+    def __init__(self, work: Work, call: Call, args: tuple[Any, ...]) -> None:
+        self.work, self.left, self.call, self.args = work, work.seconds, call, args
+        # seconds of work to where it needs the lock while the loop has it: now, or never
+        self.until = math.inf if work.stretch == math.inf else 0.0
+        self.homes: list[_Core] = []  # that its threads are on
+        self.rate = 0.0  # seconds of work in a second
+        self.off = 0.0  # when it was last put off for another
+
+    @property
+    def is_loop(self) -> bool:
+        return self.work.stretch is None
+
+    @property
+    def runs(self) -> int:
+        """Return how many of its threads have their core."""
+        return sum(core.queue[0] is self for core in self.homes)
+
+
+class _Core:
+    """A core: who has it, and who waits for it."""
+
+    __slots__ = ("queue", "since")
+
+    def __init__(self) -> None:
+        self.queue: list[_Task] = []
+        self.since = 0.0  # when the first one got it
+
+    def add(self, task: _Task, now: float, *, goes_on: bool = False) -> None:
+        """Let it wake here: it has the core if nobody's slice is in the way."""
+        task.homes.append(self)
+        if not self.queue or goes_on or now - self.since >= SLICE:
+            if self.queue:
+                self.queue[0].off = now
+            self.queue.insert(0, task)
+            self.since = now
+        else:
+            task.off = now
+            self.queue.append(task)
+
+    def remove(self, task: _Task, now: float) -> None:
+        if self.queue[0] is task:
+            self.since = now
+        self.queue.remove(task)
+        task.homes.remove(self)
+
+    def turn(self, now: float) -> None:
+        """Give it to the next one, at a tick."""
+        if len(self.queue) > 1 and now - self.since >= SLICE:
+            self.queue[0].off = now
+            self.queue.append(self.queue.pop(0))
+            self.since = now
+
+
+class _Asleep(NamedTuple):
+    """A thread that has nothing to do: where it was, since when it had its core, since when not."""
+
+    homes: Sequence[_Core]
+    since: float
+    when: float
+
+
+class Cores:
+    """Cores and the interpreter's lock, shared by all that runs.
+
+    A thread runs on one core, as the kernel has it. It wakes on the core that it was on: an empty
+    core of a virtual machine has stopped, and the kernel does not take it for idle. So it has its
+    core at once, or takes it from who has had it for a SLICE, or waits. At every tick the next one
+    has its turn, and an empty core takes one that waits, unless all of them ran a moment ago. Three
+    threads on two cores stay uneven until the kernel moves one, after MOVES seconds on the average:
+
+        core 0   a███████████████████████        a has a core, b and c have turns on the other
+        core 1   b████c████b████c████b███        |    |    |    | ticks
+
+    The event loop keeps the lock for as long as it has something to do: CPython hands it over when
+    the loop sleeps, or after SWITCH seconds. So a device's thread comes to the end of the operator
+    that it is in, and waits:
+
+        loop    ─────██████████─────────        device   ████████··········███████
+                     has the lock                        operators     its next one
+
+    `count` None: everybody has a core, and a lock, of their own.
+    """
+
+    def __init__(self, clock: Clock, count: float | None) -> None:
+        self._clock, self._count = clock, count
+        self._cores = [_Core() for _ in range(max(1, math.ceil(count or 1)))]
+        self._tasks: list[_Task] = []
+        self._since = 0.0
+        self._version = 0
+        self._held = False  # by a job of the loop that runs now
+        self._opens = 0.0  # when those who wait for the lock run again
+        self._granted = 0.0  # when the others last had the lock
+        self._asleep: dict[object, _Asleep] = {}
+        self._failed = 0  # ticks at which an empty core found nobody to take
+        self._dice = random.Random(0)  # noqa: S311 - no secret
+        self._ending = False
+
+    def run(self, work: Work, call: Call, *args: Any) -> None:
+        """Do some work, then call."""
+        if self._count is None:
+            self._clock.at(self._clock.now + work.seconds, call, *args)
+            return
+        self._pass()
+        self._tasks.append(_Task(work, call, args))
+        if not self._ending:
+            self._plan()
+
+    # ---- the lock --------------------------------------------------------------------------------
+
+    def _hold(self) -> bool:
+        """Let the loop take the lock once it has a core; return whether it did."""
+        if self._held or not any(task.is_loop and task.runs for task in self._tasks):
+            return False
+        self._held = True
+        if self._clock.now > self._opens:  # else nobody else had it in the meantime
+            self._grant()
+        return True
+
+    def _grant(self) -> None:
+        self._granted = self._clock.now
+        for task in self._tasks:
+            task.until = task.work.stretch or 0.0
+
+    def _goes(self, task: _Task) -> bool:
+        return task.is_loop or task.until > DONE or not self._closed()
+
+    def _closed(self) -> bool:
+        return self._held or self._clock.now < self._opens
+
+    # ---- time ------------------------------------------------------------------------------------
+
+    def _pass(self) -> None:
+        now = self._clock.now
+        seconds = now - self._since
+        self._since = now
+        if not seconds:
+            return
+        for task in self._tasks:
+            done = seconds * task.rate
+            task.left -= done
+            task.until -= done
+
+    def _plan(self) -> None:
+        self._version += 1
+        if not self._tasks or self._count is None:
+            return
+        self._place()
+        if self._hold():
+            self._place()
+        now, closed = self._clock.now, self._closed()
+        going = [task for task in self._tasks if task.homes]
+        self._set_rates(going, closed)
+        due = math.inf
+        for task in going:
+            if task.rate:
+                ends = min(task.left, task.until) if closed and not task.is_loop else task.left
+                due = min(due, max(0.0, ends) / task.rate)
+        due += now
+        if any(len(core.queue) > 1 for core in self._cores):
+            due = min(due, self._tick())
+        if self._held and len(going) < len(self._tasks):
+            due = min(due, max(now, self._granted + SWITCH))
+        elif closed and not self._held:
+            due = min(due, self._opens)
+        self._clock.at(due, self._end, self._version)
+
+    def _tick(self) -> float:
+        return (math.floor(self._clock.now / TICK + 1e-6) + 1) * TICK
+
+    def _end(self, version: int) -> None:
+        if version != self._version:  # somebody came in the meantime: it was planned anew
+            return
+        ticks = self._tick() - self._since > TICK  # it is one
+        self._pass()
+        now = self._clock.now
+        ended = [task for task in self._tasks if task.left <= DONE]
+        self._tasks = [task for task in self._tasks if task.left > DONE]
+        for task in ended:
+            self._sleep(task)
+        if any(task.is_loop for task in ended):
+            self._held, self._opens = False, now + WAKES
+        elif self._held and now >= self._granted + SWITCH:
+            self._grant()
+        if ticks:
+            self._turn()
+        self._ending = True  # who goes on at once stays where it is
+        for task in ended:
+            task.call(*task.args)
+        self._ending = False
+        self._plan()
+
+    # ---- cores -----------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Take threads that wait for the lock off their cores, and give those that begin one."""
+        goes = [self._goes(task) for task in self._tasks]
+        for task, on in zip(self._tasks, goes, strict=True):
+            if task.homes and not on:
+                self._sleep(task)
+        for task, on in zip(self._tasks, goes, strict=True):
+            if on and not task.homes:
+                self._wake(task)
+
+    def _sleep(self, task: _Task) -> None:
+        now, homes = self._clock.now, tuple(task.homes)
+        if task.work.thread is not None:
+            self._asleep[task.work.thread] = _Asleep(homes, homes[0].since, now)
+        for core in homes:
+            core.remove(task, now)
+
+    def _wake(self, task: _Task) -> None:
+        """Put each of its threads where it was; those that are new, where it is emptiest."""
+        now, was = self._clock.now, self._asleep.get(task.work.thread)
+        for k in range(min(task.work.threads, len(self._cores))):
+            if was and k < len(was.homes):
+                core, goes_on = was.homes[k], was.when == now
+                core.add(task, now, goes_on=goes_on)
+                if goes_on:
+                    core.since = was.since
+            else:
+                min(self._cores, key=lambda core: len(core.queue)).add(task, now)
+
+    def _turn(self) -> None:
+        """Let the next one on every core have its turn, and even the cores out."""
+        now = self._clock.now
+        for core in self._cores:
+            core.turn(now)
+        while True:
+            full = max(self._cores, key=lambda core: len(core.queue))
+            least = min(self._cores, key=lambda core: len(core.queue))
+            if least.queue or len(full.queue) < 2:
+                break
+            before = now - HOT if self._failed < PATIENCE else now
+            taken = next((task for task in full.queue[1:] if task.off <= before), None)
+            if taken is None:
+                self._failed += 1
+                return
+            self._failed = 0
+            self._move(taken, full, least)
+        most = len(full.queue)
+        if most > max(1, len(least.queue)) and self._dice.random() < TICK / MOVES:
+            self._move(full.queue[-1], full, least)
+
+    def _move(self, task: _Task, full: _Core, least: _Core) -> None:
+        full.remove(task, self._clock.now)
+        least.add(task, self._clock.now)
+
+    def _set_rates(self, going: Sequence[_Task], closed: bool) -> None:
+        """Say how fast they go: by their cores, by the lock, by what devices share."""
+        assert self._count is not None  # noqa: S101 - asked by _plan
+        cut = min(1.0, self._count / len(self._cores))
+        for task in self._tasks:
+            task.rate = cut * task.runs / task.work.threads
+        locked = 0.0 if closed else sum(task.rate * task.work.locked for task in going)
+        slow = [t.work.beside for t in going if t.work.beside > 1.0 and t.rate]
+        factor = 1.0 / max(1.0, locked)
+        if len(slow) > 1:
+            factor *= len(slow) / sum(slow)
+        for task in going:
+            task.rate *= factor
+
+
+class Loop:
+    """One thread's event loop. A job takes the lock for all of its time, then its call runs.
+
+    The first job after a pause takes `wake` seconds longer.
+    """
+
+    def __init__(self, clock: Clock, cores: Cores, wake: float = 0.0) -> None:
+        self._clock, self._cores, self._wake = clock, cores, wake
+        self._jobs: deque[tuple[float, Call, tuple[Any, ...]]] = deque()
+        self._working = False
+        self._idle_since = 0.0
+        self.wakes = 0  # times that it began again
+        self.busy = 0.0  # seconds of work done
+        self.behind = 0.0  # seconds of work that wait
+
+    def do(self, cost: float, call: Call, *args: Any) -> None:
+        """Queue a job of so many seconds; `call(*args)` comes at its end."""
+        if not cost and not self._working:
+            call(*args)
+            return
+        if not self._working and self._clock.now > self._idle_since:
+            self.wakes += 1
+            cost += self._wake
+        self._jobs.append((cost, call, args))
+        self.behind += cost
+        if not self._working:
+            self._next()
+
+    def _next(self) -> None:
+        self._working = True
+        cost, call, args = self._jobs.popleft()
+        self.behind -= cost
+        self._cores.run(Work(cost, thread=self), self._ended, cost, call, args)
+
+    def _ended(self, cost: float, call: Call, args: tuple[Any, ...]) -> None:
+        self.busy += cost
+        self._working = False
+        self._idle_since = self._clock.now
+        call(*args)
+        if self._jobs and not self._working:
+            self._next()
