@@ -191,11 +191,15 @@ class Metrics:
         """Return the ASGI app of /metrics."""
         return Scrape(self.registry)
 
-    def readings(self) -> list[Reading]:
-        """Return what /metrics would say now."""
+    def readings(self, *names: str) -> list[Reading]:
+        """Return what /metrics would say now; of samples of these names only, if there are any.
+
+        All of them take 10 ms, for which an event loop does nothing else.
+        """
+        wanted = self.registry.restricted_registry(names) if names else self.registry
         return [
             Reading(s.name, s.labels, s.value)
-            for family in self.registry.collect()
+            for family in wanted.collect()
             for s in family.samples
         ]
 

@@ -52,6 +52,13 @@ SPARSE = 30.0  # samples a second that come one by one
 QUICK = 0.001  # seconds of a device call then: whatever, it is not the loop's
 PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 LONGER = 3  # times that a run to which nothing came back is made twice as long
+DEVICE = (
+    "streaminfer_stage_compute_duration_seconds_sum",
+    "streaminfer_stage_codec_duration_seconds_sum",
+)
+EXITS, PARTIAL = "streaminfer_stage_exits_total", "streaminfer_gather_partial_samples_total"
+ROWS = "streaminfer_stage_batch_size_samples_sum"
+CALLS = "streaminfer_stage_batch_size_samples_count"
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
 
 
@@ -85,13 +92,9 @@ class Trial:
 def device_seconds(metrics: Metrics) -> dict[str, float]:
     """Return the seconds of each stage's device threads so far."""
     found: dict[str, float] = {}
-    for reading in metrics.readings():
-        if reading.name in (
-            "streaminfer_stage_compute_duration_seconds_sum",
-            "streaminfer_stage_codec_duration_seconds_sum",
-        ):
-            name = reading.labels["stage"]
-            found[name] = found.get(name, 0.0) + reading.value
+    for reading in metrics.readings(*DEVICE):
+        name = reading.labels["stage"]
+        found[name] = found.get(name, 0.0) + reading.value
     return found
 
 
@@ -162,44 +165,35 @@ def _fitted(reference: Host, rows: Sequence[tuple[float, float]], costs: Sequenc
 
 def _leaves(metrics: Metrics) -> dict[str, float]:
     """Return the share of each stage's rows that had their answer at its exit."""
-    gone, rows = dict[str, float](), dict[str, float]()
-    for reading in metrics.readings():
-        if reading.name == "streaminfer_stage_exits_total":
-            gone[reading.labels["stage"]] = reading.value
-        elif reading.name == "streaminfer_stage_batch_size_samples_sum":
-            rows[reading.labels["stage"]] = reading.value
+    gone, rows = _by_stage(metrics, EXITS), _by_stage(metrics, ROWS)
     return {name: gone.get(name, 0.0) / n for name, n in rows.items() if n}
 
 
 def _partial(metrics: Metrics) -> float:
     """Return the samples that went on so far without some of their branches."""
-    name = "streaminfer_gather_partial_samples_total"
-    return sum(reading.value for reading in metrics.readings() if reading.name == name)
+    return sum(reading.value for reading in metrics.readings(PARTIAL))
 
 
 def _batches(metrics: Metrics) -> dict[str, float]:
     """Return the samples of each stage's device calls, on average."""
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for reading in metrics.readings():
-        if reading.name == "streaminfer_stage_batch_size_samples_sum":
-            sums[reading.labels["stage"]] = reading.value
-        elif reading.name == "streaminfer_stage_batch_size_samples_count":
-            counts[reading.labels["stage"]] = reading.value
-    return {name: total / max(1.0, counts[name]) for name, total in sums.items()}
+    counts = _by_stage(metrics, CALLS)
+    return {name: n / max(1.0, counts[name]) for name, n in _by_stage(metrics, ROWS).items()}
 
 
 def _counts(metrics: Metrics) -> tuple[float, float]:
     """Return the samples and the envelopes that came to the sink."""
-    found = {
-        "streaminfer_stage_samples_total": 0.0,
-        "streaminfer_stage_records_consumed_total": 0.0,
-    }
-    for reading in metrics.readings():
-        if reading.name in found and reading.labels["stage"] == "sink":
-            found[reading.name] += reading.value
-    samples, envelopes = found.values()
+    names = ("streaminfer_stage_samples_total", "streaminfer_stage_records_consumed_total")
+    samples, envelopes = (_by_stage(metrics, name).get("sink", 0.0) for name in names)
     return samples, envelopes
+
+
+def _by_stage(metrics: Metrics, name: str) -> dict[str, float]:
+    """Return the sums of a metric by stage."""
+    found: dict[str, float] = {}
+    for reading in metrics.readings(name):
+        stage = reading.labels["stage"]
+        found[stage] = found.get(stage, 0.0) + reading.value
+    return found
 
 
 async def drive(
