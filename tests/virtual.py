@@ -5,7 +5,8 @@
                              behind the jobs before it (one thread per executor)
     nothing is ready         the clock jumps to the next timer
 
-What the runtime's modules call `time` becomes this clock, so the engine's own code runs unchanged.
+So every thread has a core of its own, and a prediction made here is told so. What the runtime's
+modules call `time` becomes this clock, so the engine's own code runs unchanged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+from streaminfer.planning import timing
 from streaminfer.runtime import device, forward, outbox, receive, sink, steps, worker
 from streaminfer.runtime.gather import Gather
 from streaminfer.runtime.receive import Raw
@@ -26,6 +28,7 @@ from streaminfer.runtime.receive import Raw
 __all__ = ["run"]
 
 T = TypeVar("T")
+CORES = 64  # more than there are threads
 EPOCH = 1.7e9  # Unix seconds at the clock's 0
 
 
@@ -105,6 +108,7 @@ def _as_time(loop: Loop) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (device, forward, outbox, receive, sink, steps, worker):
             stack.enter_context(patch.object(module, "time", clock))
+        stack.enter_context(patch.object(timing, "cores", lambda: CORES))
         # their default is the function itself, taken when the class was made
         for made in (Raw, Gather):
             stack.enter_context(patch.object(made.__init__, "__defaults__", (loop.time,)))

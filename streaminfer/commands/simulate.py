@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,6 +100,7 @@ async def predict(
     from streaminfer.commands.records import inputs_of
     from streaminfer.commands.timing import time_decode, time_stages
     from streaminfer.commands.trial import calibrate, drive
+    from streaminfer.planning.timing import cores
 
     _refuse(ask)
     where, plan = plan_of(spec, folder, random_weights)
@@ -114,8 +114,7 @@ async def predict(
     for name, one in times.items():
         if one.spread > SPREAD:
             warn(f"{name}: its times spread by {one.spread:.0%}: is the machine busy?")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = await calibrate(spec, plan, where, inputs, float(cores or 1))
+    found = await calibrate(spec, plan, where, inputs, float(cores()))
     host = replace(found.host, decode=time_decode(plan.input, inputs))
     times = {name: replace(one, leaves=found.leaves.get(name, 0.0)) for name, one in times.items()}
     if _bus(spec, ask) == "kafka":
