@@ -91,11 +91,7 @@ class Trial:
 
 def device_seconds(metrics: Metrics) -> dict[str, float]:
     """Return the seconds of each stage's device threads so far."""
-    found: dict[str, float] = {}
-    for reading in metrics.readings(*DEVICE):
-        name = reading.labels["stage"]
-        found[name] = found.get(name, 0.0) + reading.value
-    return found
+    return _by_stage(metrics, *DEVICE)
 
 
 async def calibrate(
@@ -187,10 +183,10 @@ def _counts(metrics: Metrics) -> tuple[float, float]:
     return samples, envelopes
 
 
-def _by_stage(metrics: Metrics, name: str) -> dict[str, float]:
-    """Return the sums of a metric by stage."""
+def _by_stage(metrics: Metrics, *names: str) -> dict[str, float]:
+    """Return the sums of these metrics by stage."""
     found: dict[str, float] = {}
-    for reading in metrics.readings(name):
+    for reading in metrics.readings(*names):
         stage = reading.labels["stage"]
         found[stage] = found.get(stage, 0.0) + reading.value
     return found

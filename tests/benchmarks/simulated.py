@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import statistics
 import time
@@ -145,7 +146,7 @@ async def by_wall(goals: Mapping[str, str | None]) -> list[Row]:
         if at + longest - began > BOUND:
             print(f"  {case.name:<20} left out: {at - began:.0f} s are over", flush=True)
             continue
-        found.append(await _measured(case, cores))
+        found.append(await _measured(case, cores, QUIET))
         longest = max(longest, time.monotonic() - at)
     return [_row(WALL, goals[WALL], found)]
 
@@ -167,8 +168,11 @@ class Ratios(NamedTuple):
 _virtually: Callable[[Coroutine[Any, Any, Ratios]], Ratios] = virtual.run
 
 
-async def _measured(case: Case, cores: float) -> Ratios:
-    """Predict a case, run it; its stages are timed before and after each run."""
+async def _measured(case: Case, cores: float, quiet: float = math.inf) -> Ratios:
+    """Predict a case, run it; its stages are timed before and after each run.
+
+    `quiet`: cores that others may use during a run, else it is run again.
+    """
     torch.set_num_threads(1)
     runs: list[tuple[Report, Trial]] = []
     with TemporaryDirectory() as name:
@@ -185,7 +189,7 @@ async def _measured(case: Case, cores: float) -> Ratios:
                 load = scenario_of(spec, plan, after, host, replace(ask, seed=len(runs)))
                 before, trial = after, await drive(spec, plan, folder, load, inputs)
                 after = await time_stages(spec, plan, folder)
-                if trial.others > QUIET and time.monotonic() - began < PATIENT:
+                if trial.others > quiet and time.monotonic() - began < PATIENT:
                     continue
                 times = _between(before, after)
                 now = _drifted(host, first, times)

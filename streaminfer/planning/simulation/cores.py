@@ -80,17 +80,20 @@ class _Core:
         self.queue: list[_Task] = []
         self.since = 0.0  # when the first one got it
 
-    def add(self, task: _Task, now: float, *, goes_on: bool = False) -> None:
-        """Let it wake here: it has the core if nobody's slice is in the way."""
+    def add(self, task: _Task, now: float, since: float | None = None) -> None:
+        """Let it wake here: it has the core if nobody's slice is in the way.
+
+        `since`: it goes on with a slice that began then.
+        """
         task.homes.append(self)
-        if not self.queue or goes_on or now - self.since >= SLICE:
-            if self.queue:
-                self.queue[0].off = now
-            self.queue.insert(0, task)
-            self.since = now
-        else:
+        if self.queue and since is None and now - self.since < SLICE:
             task.off = now
             self.queue.append(task)
+            return
+        if self.queue:
+            self.queue[0].off = now
+        self.queue.insert(0, task)
+        self.since = now if since is None else since
 
     def remove(self, task: _Task, now: float) -> None:
         if self.queue[0] is task:
@@ -268,10 +271,7 @@ class Cores:
         now, was = self._clock.now, self._asleep.get(task.work.thread)
         for k in range(min(task.work.threads, len(self._cores))):
             if was and k < len(was.homes):
-                core, goes_on = was.homes[k], was.when == now
-                core.add(task, now, goes_on=goes_on)
-                if goes_on:
-                    core.since = was.since
+                was.homes[k].add(task, now, was.since if was.when == now else None)
             else:
                 min(self._cores, key=lambda core: len(core.queue)).add(task, now)
 
