@@ -6,7 +6,6 @@ A cell is timed as it will run: its Forward, fed with what comes out of those th
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import threading
 import time
@@ -23,8 +22,8 @@ from streaminfer.commands.records import DISTINCT, Input, example_rows, inputs_o
 from streaminfer.commands.trial import device_seconds
 from streaminfer.errors import ConfigError
 from streaminfer.metrics import Metrics
-from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan, stage_files
-from streaminfer.planning.simulation.measured import stage_times
+from streaminfer.plan import ITEMSIZE, PRESENT, Plan, StagePlan
+from streaminfer.planning.simulation.measured import stage_times, takes
 from streaminfer.planning.simulation.scenario import StageTimes
 from streaminfer.planning.timing import PAUSE, PAUSES, cores
 from streaminfer.runtime.compute import forward, share
@@ -71,6 +70,7 @@ async def time_stages(
         ConfigError: a device that this machine does not have.
     """
     roles = {name: role for role in build(spec, plan).workers for name in role.stages}
+    last = plan.stages[-1].name
     found: dict[str, StageTimes] = {}
     made: dict[str, Envelope] = {}  # what each cell gives for its largest batch
     for stage in plan.stages:
@@ -87,7 +87,7 @@ async def time_stages(
         calls = stage_times(
             dict(zip(sizes, first, strict=True)),
             dict(zip(sizes, single, strict=True)),
-            _operators(folder, stage.name),
+            takes(rows[devices[0]][-1].steps, first=not stage.sources, last=stage.name == last),
             await bench.beside(devices[0], feed[-1]),
         )
         made[stage.name] = await bench.output(devices[0], feed[-1])
@@ -98,12 +98,6 @@ async def time_stages(
             ratio=_ratio(made[stage.name]),
         )
     return found
-
-
-def _operators(folder: Path, stage: str) -> int:
-    """Return the operators that a call of a stage runs."""
-    graph, _ = stage_files(folder, stage)
-    return len(json.loads(graph.read_text())["nodes"])
 
 
 def _ratio(envelope: Envelope) -> float:
@@ -228,6 +222,7 @@ class _Timed(NamedTuple):
 
     warm: list[float]
     cold: list[float]
+    steps: int  # how often it takes the interpreter's lock for its program
 
 
 async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) -> _Timed:
@@ -246,7 +241,7 @@ async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) 
     for _ in range(PAUSES if once < 1.0 else 1):
         await asyncio.sleep(PAUSE)
         cold.append(await took(1))
-    return _Timed(warm, cold)
+    return _Timed(warm, cold, step.steps)
 
 
 def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[[], float]:

@@ -33,6 +33,19 @@ class Call(NamedTuple):
     slot: Slot
     dead: tuple[Slot, ...] = ()  # values that nobody reads after this call
 
+    def run(self, slots: list[object]) -> None:
+        """Call it: read slots, write its own, forget what is dead."""
+        args = self.args.copy()
+        for i, hole in self.holes:
+            args[i] = slots[hole] if type(hole) is Slot else _fill(hole, slots)
+        if self.named_holes:
+            filled = {name: _fill(hole, slots) for name, hole in self.named_holes}
+            slots[self.slot] = self.function(*args, **self.kwargs, **filled)
+        else:
+            slots[self.slot] = self.function(*args, **self.kwargs)
+        for i in self.dead:
+            slots[i] = None
+
     def read(self) -> Iterator[Slot]:
         """Yield the slots that it reads, each as often as it is read."""
         for _, hole in (*self.holes, *self.named_holes):
@@ -68,3 +81,11 @@ def _slots(hole: object) -> Iterator[Slot]:
     elif isinstance(hole, list):
         for item in hole:
             yield from _slots(item)
+
+
+def _fill(hole: object, slots: Sequence[object]) -> object:
+    if isinstance(hole, Slot):
+        return slots[hole]
+    if isinstance(hole, list):
+        return [_fill(item, slots) for item in hole]
+    return hole

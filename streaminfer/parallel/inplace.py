@@ -13,6 +13,7 @@ the time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload
@@ -20,7 +21,7 @@ from torch._ops import OpOverload
 from streaminfer.parallel.calls import Call, Uses
 from streaminfer.parallel.operators import Operator
 
-__all__ = ["overwriting"]
+__all__ = ["Over", "fits", "norm", "overwriting"]
 
 aten = torch.ops.aten
 
@@ -40,57 +41,81 @@ _FRESH = {
 }
 
 
-def _binary(pure: OpOverload, over: OpOverload) -> Operator:
-    def applied(x: object, y: object, *more: object, **named: object) -> object:
-        if _fits(x, y):
-            return over(x, y, *more, **named)
-        return pure(x, y, *more, **named)
+@dataclass(frozen=True)
+class Over:
+    """Write over the first argument where the result fits into it."""
 
-    return applied
+    pure: OpOverload
+    over: OpOverload
+
+    def __call__(self, x: object, y: object, *more: object, **named: object) -> object:
+        """Compute x ∘ y."""
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and fits(x, y):
+            return self.over(x, y, *more, **named)
+        return self.pure(x, y, *more, **named)
 
 
-def _fits(x: object, y: object) -> bool:
+# What follows is compiled as well (`script`), hence its plain style.
+
+
+def fits(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Say whether the result has x's type, shape and layout."""
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-        return False
     if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
         return False
     if x.shape == y.shape:
         return x.stride() == y.stride()
     if y.dim() != x.dim() or not (x.is_contiguous() and y.is_contiguous()):
         return False
-    return all(b in (1, a) for a, b in zip(x.shape, y.shape, strict=True))
+    for k in range(x.dim()):  # noqa: SIM110 - TorchScript has no all()
+        if y.shape[k] != 1 and y.shape[k] != x.shape[k]:
+            return False
+    return True
 
 
-def _norm(x: torch.Tensor, *rest: object, **named: object) -> object:
+def norm(  # noqa: PLR0913 - torch's arguments, by which the operator is called
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
     """Norm with the statistics of training, as a CPU does it: one pass, number by number."""
-    tensors = [t for t in rest[:4] if isinstance(t, torch.Tensor)]
-    training, momentum, eps = rest[4:7] if len(rest) >= 7 else (True, 0, 0)
-    alike = all(t.dtype == torch.float32 for t in (x, *tensors))
-    if training or named or not alike or not _plain(x):
-        return aten.batch_norm.default(x, *rest, **named)
-    unused = [x.new_empty(0), x.new_empty(0)]
-    aten.native_batch_norm.out(
-        x, *rest[:4], False, momentum, eps, out=x, save_mean=unused[0], save_invstd=unused[1]
-    )
+    alike = _is_float32(x) and _is_float32(weight) and _is_float32(bias)
+    alike = alike and _is_float32(running_mean) and _is_float32(running_var)
+    if training or not alike or not _plain(x):
+        new: torch.Tensor = torch.ops.aten.batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+        )
+        return new
+    torch.ops.aten.native_batch_norm(
+        x, weight, bias, running_mean, running_var, False, momentum, eps,
+        out=x, save_mean=x.new_empty([0]), save_invstd=x.new_empty([0]),
+    )  # fmt: skip
     return x
 
 
+def _is_float32(x: torch.Tensor | None) -> bool:
+    return x is None or x.dtype == torch.float32
+
+
 def _plain(x: torch.Tensor) -> bool:
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=_LAST))
-    return dense and x.device.type == "cpu" and x.numel() > 0
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return (x.is_contiguous() or last) and x.device.type == "cpu" and x.numel() > 0
 
 
-_LAST = torch.channels_last
 _UNARY = ("relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu")
 _OVER: Mapping[Operator, Operator] = {
     **{getattr(aten, n).default: getattr(aten, f"{n}_").default for n in _UNARY},
     aten.leaky_relu.default: aten.leaky_relu_.default,
     aten.gelu.default: aten.gelu_.default,
-    aten.add.Tensor: _binary(aten.add.Tensor, aten.add_.Tensor),
-    aten.sub.Tensor: _binary(aten.sub.Tensor, aten.sub_.Tensor),
-    aten.mul.Tensor: _binary(aten.mul.Tensor, aten.mul_.Tensor),
-    aten.batch_norm.default: _norm,
+    aten.add.Tensor: Over(aten.add.Tensor, aten.add_.Tensor),
+    aten.sub.Tensor: Over(aten.sub.Tensor, aten.sub_.Tensor),
+    aten.mul.Tensor: Over(aten.mul.Tensor, aten.mul_.Tensor),
+    aten.batch_norm.default: norm,
 }
 
 

@@ -17,6 +17,7 @@ tried out on noise before the first real batch of a shape, and left to torch whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload
@@ -24,7 +25,7 @@ from torch._ops import OpOverload
 from streaminfer.parallel.calls import Call, Uses
 from streaminfer.parallel.operators import Operator
 
-__all__ = ["quicker", "with_quick_stem"]
+__all__ = ["Pool", "apart", "far_apart", "quicker", "together", "with_quick_stem"]
 
 CHANNELS = 8  # with fewer a vector stays empty: as slow as it was
 LARGEST = 32 << 20  # bytes: beyond, fresh pages for the transposed copy cost what is won
@@ -49,23 +50,40 @@ def quicker(function: Operator, device: torch.device) -> Operator:
     return _ON_CPU.get(function, function) if device.type == "cpu" else function
 
 
-def _with_channels_last(pool: OpOverload) -> Operator:
-    def pooled(x: torch.Tensor, *window: object, **more: object) -> torch.Tensor:
-        if not _far_apart(x):
-            return pool(x, *window, **more)  # type: ignore[no-any-return]
-        last = x.contiguous(memory_format=LAST)
-        return pool(last, *window, **more).contiguous()  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Pool:
+    """Pool with the channels together, if they are far apart."""
 
-    return pooled
+    pool: OpOverload
+
+    def __call__(self, x: torch.Tensor, *window: object, **more: object) -> torch.Tensor:
+        """Pool images."""
+        if not far_apart(x):
+            return self.pool(x, *window, **more)  # type: ignore[no-any-return]
+        return apart(self.pool(together(x), *window, **more))
 
 
-def _far_apart(x: torch.Tensor) -> bool:
+# These three are compiled as well (`script`).
+
+
+def far_apart(x: torch.Tensor, most: int = LARGEST) -> bool:
     """Say whether the channels are many and not neighbours in memory, and a copy is cheap."""
-    images = x.dtype == torch.float32 and x.dim() == IMAGES and x.nbytes <= LARGEST
-    return images and x.shape[1] >= CHANNELS and x.is_contiguous()
+    if x.dtype != torch.float32 or x.dim() != 4 or 4 * x.numel() > most:
+        return False
+    return x.shape[1] >= 8 and x.is_contiguous()
 
 
-_ON_CPU: Mapping[Operator, Operator] = {pool: _with_channels_last(pool) for pool in _POOLS}
+def together(x: torch.Tensor) -> torch.Tensor:
+    """Return the same images, their channels neighbours in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """Return the same images, channel by channel."""
+    return x.contiguous()
+
+
+_ON_CPU: Mapping[Operator, Operator] = {pool: Pool(pool) for pool in _POOLS}
 
 
 # ---- a stem --------------------------------------------------------------------------------------

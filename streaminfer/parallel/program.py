@@ -30,6 +30,7 @@ from streaminfer.parallel.inplace import overwriting
 from streaminfer.parallel.kernels import quicker, with_quick_stem
 from streaminfer.parallel.operators import arguments, name_of, resolve
 from streaminfer.parallel.replay import Replay
+from streaminfer.parallel.script import Scripted
 from streaminfer.parallel.signature import DTYPES, Port, dtype_name
 
 if TYPE_CHECKING:
@@ -131,7 +132,11 @@ class Program:
     ) -> None:
         self.inputs, self.outputs = inputs, outputs
         self._calls, self._results, self._names = calls, results, names
-        self._by = Replay(self._all, device) if device.type == "cuda" else self._all
+        self._by: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] = self._all
+        if device.type == "cuda":
+            self._by = Replay(self._all, device)
+        elif device.type == "cpu":
+            self._by = Scripted(self._all, calls, len(inputs), results)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the stage. The inputs must have passed `check_inputs`; they are not written.
@@ -140,11 +145,16 @@ class Program:
         """
         return self._by(tensors)
 
+    @property
+    def steps(self) -> int:
+        """How often a run goes from Python into torch: once per operator, or once per script."""
+        return self._by.steps if isinstance(self._by, Scripted) else len(self._calls)
+
     def _all(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         slots = self._slots(tensors)
         with torch.inference_mode():
             for call in self._calls:
-                _run(call, slots)
+                call.run(slots)
         return self._given(slots)
 
     def stepped(
@@ -161,7 +171,7 @@ class Program:
         values = Values(slots, self._names)
         with torch.inference_mode():
             for call in self._calls:
-                step(call.name, partial(_run, call, slots), values)
+                step(call.name, partial(call.run, slots), values)
         return self._given(slots)
 
     def _slots(self, tensors: Sequence[torch.Tensor]) -> list[object]:
@@ -184,27 +194,6 @@ class Values:
 
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         self._slots[self._names[name]] = value
-
-
-def _run(call: Call, slots: list[object]) -> None:
-    args = call.args.copy()
-    for i, hole in call.holes:
-        args[i] = slots[hole] if type(hole) is Slot else _fill(hole, slots)
-    if call.named_holes:
-        filled = {name: _fill(hole, slots) for name, hole in call.named_holes}
-        slots[call.slot] = call.function(*args, **call.kwargs, **filled)
-    else:
-        slots[call.slot] = call.function(*args, **call.kwargs)
-    for i in call.dead:
-        slots[i] = None
-
-
-def _fill(hole: object, slots: Sequence[object]) -> object:
-    if isinstance(hole, Slot):
-        return slots[hole]
-    if isinstance(hole, list):
-        return [_fill(item, slots) for item in hole]
-    return hole
 
 
 def load(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from streaminfer.planning.predict import Machine
 from streaminfer.planning.profile import Timing
-from streaminfer.planning.simulation.measured import stage_times
+from streaminfer.planning.simulation.measured import stage_times, takes
 from streaminfer.planning.simulation.scenario import StageTimes
 
 __all__ = ["call_times"]
@@ -28,6 +28,7 @@ def call_times(
     codec: float = 0.0,
     begins: bool = False,
     ends: bool = False,
+    scripted: bool = True,
 ) -> StageTimes:
     """Foresee the calls of a stage.
 
@@ -38,6 +39,7 @@ def call_times(
         codec: seconds of a sample to cast and pack what comes and what leaves.
         begins: it is the pipeline's first stage.
         ends: it is the last.
+        scripted: its program runs as one script, as on a CPU; else operator by operator.
     """
     after = machine.after or machine.calls
     noise = after.noise or (1.0,)
@@ -58,4 +60,5 @@ def call_times(
     most = layers[-1]
     longer = part * (sum(most.beside or most.seconds) - sum(most.seconds))
     beside = 1.0 + longer / max(seconds[most.batch], 1e-12)
-    return stage_times(seconds, single, len(most.seconds), max(1.0, beside))
+    often = takes(1 if scripted else len(most.seconds), first=begins, last=ends)
+    return stage_times(seconds, single, often, max(1.0, beside))

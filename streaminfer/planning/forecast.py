@@ -174,6 +174,7 @@ def _stage(k: int, candidate: Candidate, profile: Profile, request: Request) -> 
         call_times(
             [_layers(stage, device, b) for b in sizes],
             machine, part=part, codec=codec, begins=not k, ends=end,
+            scripted=device.device == "cpu",
         )
         for device in devices
     ]  # fmt: skip

@@ -41,7 +41,7 @@ __all__ = [
     "threads_set",
 ]
 
-WARM = 1
+WARM = 2  # passes: a program's second one compiles it
 REPEATS = range(5, 26)
 SECONDS = 1.5  # of repeats per batch size, once there are enough of them
 PAUSES, PAUSE = 5, 0.01  # single passes, and the seconds before each

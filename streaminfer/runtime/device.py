@@ -85,6 +85,11 @@ class Device:
         self._program: Program | None = None
         self._exit: Program | None = None
 
+    @property
+    def steps(self) -> int:
+        """How often a batch goes from Python into its program."""
+        return self._program.steps if self._program is not None else 0
+
     def warm(self) -> None:
         """Load the weights and run batches of zeros; a batch that finds no room is halved.
 

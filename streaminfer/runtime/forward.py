@@ -65,6 +65,11 @@ class Forward(Plain):
         """Samples per second of full batches, once it has started, if `timed`."""
         return self._device.speed
 
+    @property
+    def steps(self) -> int:
+        """How often a batch goes from Python, whose lock it takes, into its program."""
+        return self._device.steps
+
     async def start(self) -> None:
         """Load the stage's own weights and run batches of zeros through it."""
         loop = asyncio.get_running_loop()

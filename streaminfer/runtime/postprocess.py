@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streaminfer.errors import SchemaError
+from streaminfer.parallel.script import compiled, held
 from streaminfer.runtime.decode import Ranges, decode_image
 from streaminfer.spec import InputSpec
 
@@ -27,13 +28,19 @@ def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tenso
     shape = (1, -1, 1, 1)
     mean = torch.tensor(spec.mean or (0.0,), device=device).view(shape)
     std = torch.tensor(spec.std or (1.0,), device=device).view(shape)
+    scale = compiled(_scaled) if device.type == "cpu" else _scaled
+    kept = held([mean, std])
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, _kept: object = kept) -> Tensor:
         if x.dtype != torch.uint8 or spec.decode != "image":
             return x
-        return (x.to(torch.float32) / 255 - mean) / std
+        return scale(x, mean, std)
 
     return run
+
+
+def _scaled(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return (x.to(torch.float32) / 255 - mean) / std
 
 
 def batch_of(values: Sequence[bytes], spec: InputSpec, ranges: Ranges = ()) -> Tensor:
@@ -59,6 +66,7 @@ def top_k(k: int, logits: str = "") -> Callable[[Mapping[str, Tensor]], dict[str
     `logits` is the name of that output where there are several. `index` is int32, `score` the
     softmax in float32, best first. Raises SchemaError if there is no such output of rank 2.
     """
+    best = compiled(_best)
 
     def run(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = logits or next(iter(outputs))
@@ -66,7 +74,12 @@ def top_k(k: int, logits: str = "") -> Callable[[Mapping[str, Tensor]], dict[str
         if ranked is None or ranked.dim() != 2 or (len(outputs) > 1 and not logits):
             shapes = {name: tuple(t.shape) for name, t in outputs.items()}
             raise SchemaError(f"output.top_k needs one output [batch, classes], found {shapes}")
-        score, index = ranked.float().softmax(1).topk(min(k, ranked.shape[1]), 1)
-        return {"index": index.to(torch.int32), "score": score}
+        score, index = (best if ranked.device.type == "cpu" else _best)(ranked, k)
+        return {"index": index, "score": score}
 
     return run
+
+
+def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    score, index = logits.float().softmax(1).topk(min(k, logits.shape[1]), 1)
+    return score, index.to(torch.int32)

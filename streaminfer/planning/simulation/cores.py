@@ -51,7 +51,7 @@ class Work(NamedTuple):
 class _Task:
     """Work that is under way."""
 
-    __slots__ = ("args", "call", "homes", "left", "off", "rate", "until", "work")
+    __slots__ = ("args", "call", "had", "homes", "left", "off", "rate", "until", "work")
 
     def __init__(self, work: Work, call: Call, args: tuple[Any, ...]) -> None:
         self.work, self.left, self.call, self.args = work, work.seconds, call, args
@@ -60,6 +60,7 @@ class _Task:
         self.homes: list[_Core] = []  # that its threads are on
         self.rate = 0.0  # seconds of work in a second
         self.off = 0.0  # when it was last put off for another
+        self.had = 0.0  # when it last got the lock from the loop, that works on
 
     @property
     def is_loop(self) -> bool:
@@ -130,11 +131,11 @@ class Cores:
         core 1   b████c████b████c████b███        |    |    |    | ticks
 
     The event loop keeps the lock for as long as it has something to do: CPython hands it over when
-    the loop sleeps, or after SWITCH seconds. So a device's thread comes to the end of the operator
-    that it is in, and waits:
+    the loop sleeps, or after SWITCH seconds, and then to one of those that wait, who wait anew. So
+    a device's thread comes to the end of the operator, or the script, that it is in, and waits:
 
         loop    ─────██████████─────────        device   ████████··········███████
-                     has the lock                        operators     its next one
+                     has the lock                        in torch      its next call
 
     `count` None: everybody has a core, and a lock, of their own.
     """
@@ -178,6 +179,14 @@ class Cores:
         self._granted = self._clock.now
         for task in self._tasks:
             task.until = task.work.stretch or 0.0
+
+    def _hand_over(self) -> None:
+        """Let one of those that wait have the lock once: who gets it makes the others wait on."""
+        self._granted = self._clock.now
+        waiting = [task for task in self._tasks if not self._goes(task)]
+        if waiting:
+            first = min(waiting, key=lambda task: task.had)
+            first.had, first.until = self._clock.now, first.work.stretch or 0.0
 
     def _goes(self, task: _Task) -> bool:
         return task.is_loop or task.until > DONE or not self._closed()
@@ -238,7 +247,7 @@ class Cores:
         if any(task.is_loop for task in ended):
             self._held, self._opens = False, now + WAKES
         elif self._held and now >= self._granted + SWITCH:
-            self._grant()
+            self._hand_over()
         if ticks:
             self._turn()
         self._ending = True  # who goes on at once stays where it is

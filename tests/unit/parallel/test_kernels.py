@@ -68,7 +68,7 @@ def test_other_devices_and_operators_are_left_alone() -> None:
 def test_a_large_batch_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its copy is made of fresh pages: VGG's first pool would take a fifth longer."""
     x = torch.randn(2, 2 * CHANNELS, 9, 9)
-    assert kernels._far_apart(x)
-    monkeypatch.setattr(kernels, "LARGEST", x.nbytes - 1)
-    assert not kernels._far_apart(x)
+    assert kernels.far_apart(x)
+    assert not kernels.far_apart(x, x.nbytes - 1)
+    monkeypatch.setattr(kernels.far_apart, "__defaults__", (x.nbytes - 1,))
     assert torch.equal(_bits(quicker(MAX, CPU)(x, [3, 3])), _bits(MAX(x, [3, 3])))

@@ -21,6 +21,17 @@ def test_after_five_milliseconds_the_lock_is_handed_over() -> None:
     assert ended == [pytest.approx(0.05 + 0.001, abs=0.006), pytest.approx(1.0)]
 
 
+def test_it_is_handed_over_to_one_of_those_that_wait() -> None:
+    """Each switch makes the others wait for another 5 ms."""
+    clock = Clock()
+    cores, ended = Cores(clock, 4), list[float]()
+    cores.run(Work(1.0), lambda: None)
+    for _ in range(3):
+        cores.run(Work(0.001, 1, 0.0, 0.0005), lambda: ended.append(clock.now))
+    clock.run(2.0)
+    assert ended == [pytest.approx(t, abs=0.002) for t in (0.020, 0.025, 0.030)]
+
+
 def _busy(threads: int, seconds: float, cores: float = 2.0) -> list[float]:
     """Let threads work without a pause; return how much longer each job took than its seconds."""
     clock, took = Clock(), list[float]()
