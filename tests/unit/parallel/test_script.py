@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import threading
 import time
@@ -202,13 +203,13 @@ def test_a_script_takes_the_lock_once_or_twice() -> None:
 
     def takes(run: Callable[[], object]) -> float:
         took = []
-        for _ in range(5):
+        for _ in range(9):
             began = time.perf_counter()
             run()
             took.append(time.perf_counter() - began)
-        return min(took) / held
+        return statistics.median(took) / held
 
     with _beside_python(held):
         plainly, scripted = takes(lambda: program._all([x])), takes(lambda: program(x))
     assert plainly > 20
-    assert scripted < 6
+    assert scripted < 8
