@@ -60,7 +60,7 @@ FASTEST = 400.0  # samples a second: beyond it the sender's own timers take a pa
 SHORTEST, LONGEST = 5.0, 12.0  # seconds of a run, a fifth of it to warm up
 RUNS = 3  # of a plan, with arrivals of their own: the median of the ratios counts
 QUIET = 0.005  # cores that others may use during a run, their CPU time stolen from us included
-PATIENT = 120.0  # seconds of a plan, after which the runs that were disturbed least count
+PATIENT = 100.0  # seconds of a plan, after which the runs that were disturbed least count
 BOUND = 2400.0  # seconds of all plans: those that don't fit in count as wrong
 THROUGHPUT, P99 = 0.10, 0.20  # how far from 1 predicted ÷ measured may be
 
