@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 OFTEN = 2  # runs from which on a program is worth its scripts: 20 to 300 ms
 LEAST = 2  # calls that are worth a script
+_MISSING = (RuntimeError, AttributeError)  # not compiled, or no TorchScript in this torch
 _LOCK = Lock()  # TorchScript's compiler, and the warnings' filters, are of the whole process
 
 
@@ -118,7 +119,7 @@ def scripted(
                 steps.append(_compiled(some, kinds, _wanted(calls[at:], results)))
             else:
                 steps.extend(call for call, _ in some)
-    except (RuntimeError, _OtherError):
+    except (*_MISSING, _OtherError):
         return None
     return steps if len(steps) < len(calls) else None
 
@@ -344,7 +345,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     try:
         with _compiling():
             script: Callable[P, T] = torch.jit.script(function)
-    except RuntimeError:
+    except _MISSING:
         return function
 
     @functools.wraps(function)
@@ -361,8 +362,13 @@ def held(tensors: Sequence[torch.Tensor]) -> object:
     Where Python alone has a tensor, its lock is taken whenever torch lets go of it: 17 of the 28
     times that a call of a network of 23 operators took it.
     """
-    with _compiling():
-        return torch.jit.script(list(tensors)) if tensors else None
+    if not tensors:
+        return None
+    try:
+        with _compiling():
+            return torch.jit.script(list(tensors))
+    except _MISSING:
+        return tensors
 
 
 @contextmanager

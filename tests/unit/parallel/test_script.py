@@ -147,17 +147,21 @@ def test_an_error_says_what_the_operator_says() -> None:
     assert torch.isfinite(program(torch.tensor([[8]]))[0]).all()
 
 
-def _none(*_: object) -> NoReturn:
-    raise RuntimeError("there is no TorchScript any more")
+@pytest.mark.parametrize("gone", [True, False])
+def test_without_torchscript_all_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    def none(*_: object) -> NoReturn:
+        raise RuntimeError("not any more")
 
-
-def test_without_torchscript_all_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.jit, "CompilationUnit", _none)
+    for name in ("CompilationUnit", "script"):
+        monkeypatch.delattr(torch.jit, name) if gone else monkeypatch.setattr(torch.jit, name, none)
     program = _program(Told(_numbers), torch.randn(2, 6))
     _same(program, torch.randn(3, 6))
     assert program.steps == len(program._calls)
-    monkeypatch.setattr(torch.jit, "script", _none)
+    weights = [torch.ones(2)]
     assert script.compiled(_numbers) is _numbers
+    assert script.held(weights) is weights
 
 
 def test_another_overload_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,15 +180,17 @@ def test_another_overload_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def _beside_python(seconds: float) -> Iterator[None]:
     """Let another thread keep the lock for so long whenever it has it."""
-    before, stop = sys.getswitchinterval(), threading.Event()
+    before, stop, spins = sys.getswitchinterval(), threading.Event(), threading.Event()
 
     def spin() -> None:
+        spins.set()
         while not stop.is_set():
             pass
 
     sys.setswitchinterval(seconds)
     thread = threading.Thread(target=spin)
     thread.start()
+    spins.wait()
     try:
         yield
     finally:
@@ -194,22 +200,29 @@ def _beside_python(seconds: float) -> Iterator[None]:
 
 
 def test_a_script_takes_the_lock_once_or_twice() -> None:
-    """20 layers take it 40 times else, and 20 times more if only Python has the weights."""
-    layers = [layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.Tanh())]
-    program, x = _program(nn.Sequential(*layers), torch.randn(2, 8)), torch.randn(2, 8)
+    """20 layers take it 40 times else, and 20 times more if only Python has the weights.
+
+    They are large: who waits for the lock needs some of a millisecond to wake up and take it.
+    """
+    layers = [layer for _ in range(20) for layer in (nn.Linear(512, 512), nn.Tanh())]
+    rows = torch.randn(64, 512)
+    program, held = _program(nn.Sequential(*layers), rows), 0.004
     for _ in range(3):
-        program(x)
-    held = 0.004
+        program(rows)
 
     def takes(run: Callable[[], object]) -> float:
         took = []
-        for _ in range(9):
+        for _ in range(5):
             began = time.perf_counter()
             run()
             took.append(time.perf_counter() - began)
         return statistics.median(took) / held
 
-    with _beside_python(held):
-        plainly, scripted = takes(lambda: program._all([x])), takes(lambda: program(x))
-    assert plainly > 20
-    assert scripted < 8
+    for _ in range(6):  # on a busy machine the other thread has no core, and keeps no lock
+        alone = takes(lambda: program(rows))
+        with _beside_python(held):
+            plainly, scripted = takes(lambda: program._all([rows])), takes(lambda: program(rows))
+        if plainly - alone > 20:
+            assert scripted - alone < (plainly - alone) / 3
+            return
+    pytest.skip("the machine is too busy: the other thread was never in the way")
