@@ -66,11 +66,11 @@ class Pool:
 # These three are compiled as well (`script`).
 
 
-def far_apart(x: torch.Tensor, most: int = LARGEST) -> bool:
+def far_apart(x: torch.Tensor, most: int = LARGEST, least: int = CHANNELS) -> bool:
     """Say whether the channels are many and not neighbours in memory, and a copy is cheap."""
     if x.dtype != torch.float32 or x.dim() != 4 or 4 * x.numel() > most:
         return False
-    return x.shape[1] >= 8 and x.is_contiguous()
+    return x.shape[1] >= least and x.is_contiguous()
 
 
 def together(x: torch.Tensor) -> torch.Tensor:

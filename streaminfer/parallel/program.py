@@ -30,7 +30,7 @@ from streaminfer.parallel.inplace import overwriting
 from streaminfer.parallel.kernels import quicker, with_quick_stem
 from streaminfer.parallel.operators import arguments, name_of, resolve
 from streaminfer.parallel.replay import Replay
-from streaminfer.parallel.script import Scripted
+from streaminfer.parallel.script import Scripted, Steps
 from streaminfer.parallel.signature import DTYPES, Port, dtype_name
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Program:
         if device.type == "cuda":
             self._by = Replay(self._all, device)
         elif device.type == "cpu":
-            self._by = Scripted(self._all, calls, len(inputs), results)
+            self._by = Scripted(self._run, calls, len(inputs), results)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the stage. The inputs must have passed `check_inputs`; they are not written.
@@ -151,10 +151,13 @@ class Program:
         return self._by.steps if isinstance(self._by, Scripted) else len(self._calls)
 
     def _all(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self._run(self._calls, tensors)
+
+    def _run(self, steps: Steps, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         slots = self._slots(tensors)
         with torch.inference_mode():
-            for call in self._calls:
-                call.run(slots)
+            for step in steps:
+                step.run(slots)
         return self._given(slots)
 
     def stepped(

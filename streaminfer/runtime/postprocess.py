@@ -7,13 +7,14 @@ of 4) and only answers go out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streaminfer.errors import SchemaError
-from streaminfer.parallel.script import compiled, held
+from streaminfer.parallel.torchscript import compiled
 from streaminfer.runtime.decode import Ranges, decode_image
 from streaminfer.spec import InputSpec
 
@@ -28,13 +29,16 @@ def normalise(spec: InputSpec, device: torch.device) -> Callable[[Tensor], Tenso
     shape = (1, -1, 1, 1)
     mean = torch.tensor(spec.mean or (0.0,), device=device).view(shape)
     std = torch.tensor(spec.std or (1.0,), device=device).view(shape)
-    scale = compiled(_scaled) if device.type == "cpu" else _scaled
-    kept = held([mean, std])
+    scale = (
+        compiled(_scaled, mean, std)
+        if device.type == "cpu"
+        else partial(_scaled, mean=mean, std=std)
+    )
 
-    def run(x: Tensor, _kept: object = kept) -> Tensor:
+    def run(x: Tensor) -> Tensor:
         if x.dtype != torch.uint8 or spec.decode != "image":
             return x
-        return scale(x, mean, std)
+        return scale(x)
 
     return run
 

@@ -70,5 +70,5 @@ def test_a_large_batch_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(2, 2 * CHANNELS, 9, 9)
     assert kernels.far_apart(x)
     assert not kernels.far_apart(x, x.nbytes - 1)
-    monkeypatch.setattr(kernels.far_apart, "__defaults__", (x.nbytes - 1,))
+    monkeypatch.setattr(kernels.far_apart, "__defaults__", (x.nbytes - 1, CHANNELS))
     assert torch.equal(_bits(quicker(MAX, CPU)(x, [3, 3])), _bits(MAX(x, [3, 3])))
