@@ -132,9 +132,21 @@ class InPlace(nn.Module):
         kept[:, 0] = left[:, 1]  # written through a view
         y.relu_()
         y += 1  # a chain on fresh memory
+        return torch.cat([left * before, right, y, kept], 1)
+
+
+class Aliased(nn.Module):
+    """Writes into what it did not make: an operator that had nothing to do returned its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
         alias = nn.functional.dropout(y, training=False)  # y itself
         alias.sub_(0.5)
-        return torch.cat([left * before, right, y, kept], 1)
+        return self.b(y) + y
 
 
 class Tied(nn.Module):

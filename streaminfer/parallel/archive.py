@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ class Archive(nn.Module):
         """
         super().__init__()
         try:
-            self.exported = torch.export.load(path)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11
+                self.exported = torch.export.load(path)
         except Exception as error:
             reason = str(error).partition("\n")[0] or repr(error)
             raise CaptureError(
