@@ -146,7 +146,7 @@ class Aliased(nn.Module):
         y = torch.relu(self.a(x))
         alias = nn.functional.dropout(y, training=False)  # y itself
         alias.sub_(0.5)
-        return self.b(y) + y
+        return torch.add(self.b(y), y)
 
 
 class Tied(nn.Module):

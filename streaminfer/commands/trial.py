@@ -85,7 +85,7 @@ class Trial:
     busy: Mapping[str, float]
     batch: Mapping[str, float]  # samples in a device call, on average
     host: float  # CPU seconds per second of the event loop
-    others: float  # cores that other processes kept busy meanwhile
+    others: float  # cores that others kept busy meanwhile: processes here, guests of the host
     partial: float = 0.0  # 0-1 of the answers: without some of what a quorum can do without
 
 
@@ -233,27 +233,37 @@ def _now() -> float:
 
 
 class _Used(NamedTuple):
-    """CPU seconds so far, of this thread and of other processes."""
+    """CPU seconds so far: of this thread, of this process, of the machine.
+
+    What the host stole is counted by itself: a guest's kernel may also count it as our process's.
+    """
 
     loop: float
-    others: float
+    ours: float
+    busy: float
+    stolen: float
 
     @classmethod
     def now(cls) -> _Used:
-        return cls(time.thread_time(), busy_seconds() - time.process_time())
+        return cls(time.thread_time(), time.process_time(), *machine_seconds())
 
-    def __sub__(self, other: _Used) -> _Used:
-        return _Used(self.loop - other.loop, max(0.0, self.others - other.others))
+    def since(self, before: _Used) -> _Used:
+        return _Used(*(now - then for now, then in zip(self, before, strict=True)))
+
+    @property
+    def others(self) -> float:
+        return self.stolen + max(0.0, self.busy - self.ours)
 
 
-def busy_seconds() -> float:
-    """Return the CPU seconds that the machine has spent on anything so far (Linux; else 0)."""
+def machine_seconds() -> tuple[float, float]:
+    """Return CPU seconds: spent on anything, and stolen by the host (Linux; else none)."""
     try:
         first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0]
     except OSError:
-        return 0.0
+        return 0.0, 0.0
     user, nice, system, _, _, irq, soft, steal = (int(n) for n in first.split()[1:9])
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    each = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + soft) / each, steal / each
 
 
 class _Load:
@@ -300,7 +310,7 @@ class _Load:
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     after = device_seconds(self._pipeline.metrics)
-                    used = _Used.now() - used
+                    used = _Used.now().since(used)
                     partial = _partial(self._pipeline.metrics) - partial
                     for task in (failing, reading):
                         if task.done():

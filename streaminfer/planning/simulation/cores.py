@@ -1,8 +1,7 @@
-"""What threads of one process share in simulated time: cores, the interpreter's lock, a loop.
+"""What threads of one process share in simulated time: cores, and the interpreter's lock.
 
 Work    what a thread does, and how often it needs the lock for it
 Cores   who runs, where, and how fast
-Loop    an asyncio loop: jobs one after the other, first come, first served
 """
 
 from __future__ import annotations
@@ -15,15 +14,20 @@ from typing import Any, NamedTuple
 
 from streaminfer.planning.simulation.events import Call, Clock
 
-__all__ = ["Cores", "Loop", "Work"]
+__all__ = ["DONE", "Cores", "Work"]
 
 DONE = 1e-12  # seconds of work that count as none
 SWITCH = 0.005  # seconds after which CPython takes the lock from who has it
 WAKES = 60e-6  # seconds until a thread that waits for the lock runs, if nobody took it again
+HANDED = 100e-6  # seconds from there to where the next one that waits has it
 TICK = 0.004  # between two times at which the kernel looks who has a core (CONFIG_HZ=250)
 SLICE = 0.0014  # seconds that a core is nobody else's (base_slice of two cores)
 HOT = 0.0005  # seconds for which a thread that was put off stays where its caches are
 PATIENCE = 2  # ticks of an empty core that finds none but those; then it takes one
+# a thread that another wakes, counted in 10 s of the kernel's scheduler, 25,000 wakes, two cores:
+PULLED = 0.28  # to the waker's core, though its own is empty
+SPREAD = 0.24  # to an empty core, though its own is the waker's; to each of several
+PREEMPTS = 0.5  # on a core that somebody has: at once, however long that one has had it
 MOVES = 0.04  # until the kernel evens out cores: measured 30 to 60 ms, three threads on two
 
 
@@ -51,7 +55,7 @@ class Work(NamedTuple):
 class _Task:
     """Work that is under way."""
 
-    __slots__ = ("args", "call", "had", "homes", "left", "off", "rate", "until", "work")
+    __slots__ = ("args", "call", "homes", "left", "off", "rate", "until", "waits", "woken", "work")
 
     def __init__(self, work: Work, call: Call, args: tuple[Any, ...]) -> None:
         self.work, self.left, self.call, self.args = work, work.seconds, call, args
@@ -60,7 +64,8 @@ class _Task:
         self.homes: list[_Core] = []  # that its threads are on
         self.rate = 0.0  # seconds of work in a second
         self.off = 0.0  # when it was last put off for another
-        self.had = 0.0  # when it last got the lock from the loop, that works on
+        self.waits = False  # for the lock
+        self.woken = False  # by another thread, not by a timer
 
     @property
     def is_loop(self) -> bool:
@@ -81,13 +86,15 @@ class _Core:
         self.queue: list[_Task] = []
         self.since = 0.0  # when the first one got it
 
-    def add(self, task: _Task, now: float, since: float | None = None) -> None:
-        """Let it wake here: it has the core if nobody's slice is in the way.
+    def add(
+        self, task: _Task, now: float, since: float | None = None, *, preempts: bool = False
+    ) -> None:
+        """Let it wake here: it has the core if it preempts, or if nobody's slice is in the way.
 
         `since`: it goes on with a slice that began then.
         """
         task.homes.append(self)
-        if self.queue and since is None and now - self.since < SLICE:
+        if self.queue and since is None and not preempts and now - self.since < SLICE:
             task.off = now
             self.queue.append(task)
             return
@@ -121,18 +128,20 @@ class _Asleep(NamedTuple):
 class Cores:
     """Cores and the interpreter's lock, shared by all that runs.
 
-    A thread runs on one core, as the kernel has it. It wakes on the core that it was on: an empty
-    core of a virtual machine has stopped, and the kernel does not take it for idle. So it has its
-    core at once, or takes it from who has had it for a SLICE, or waits. At every tick the next one
-    has its turn, and an empty core takes one that waits, unless all of them ran a moment ago. Three
-    threads on two cores stay uneven until the kernel moves one, after MOVES seconds on the average:
+    A thread runs on one core, as the kernel has it. A timer wakes it on the core that it was on: an
+    empty core of a virtual machine has stopped, and the kernel does not take it for idle. So it has
+    its core at once, or takes it from who has had it for a SLICE, or waits. Whom a thread wakes may
+    come to where that one runs. At every tick the next one has its turn, and an empty core takes
+    one that waits, unless all of them ran a moment ago. Three threads on two cores stay uneven
+    until the kernel moves one, after MOVES seconds on the average:
 
         core 0   a███████████████████████        a has a core, b and c have turns on the other
         core 1   b████c████b████c████b███        |    |    |    | ticks
 
     The event loop keeps the lock for as long as it has something to do: CPython hands it over when
-    the loop sleeps, or after SWITCH seconds, and then to one of those that wait, who wait anew. So
-    a device's thread comes to the end of the operator, or the script, that it is in, and waits:
+    the loop sleeps, or after SWITCH seconds, to the first one that waits; the next one has it once
+    that one is in torch. So a device's thread comes to the end of the operator, or the script, that
+    it is in, and waits:
 
         loop    ─────██████████─────────        device   ████████··········███████
                      has the lock                        in torch      its next call
@@ -147,8 +156,10 @@ class Cores:
         self._since = 0.0
         self._version = 0
         self._held = False  # by a job of the loop that runs now
-        self._opens = 0.0  # when those who wait for the lock run again
-        self._granted = 0.0  # when the others last had the lock
+        self._opens = 0.0  # when others can have the lock, which the loop let go of
+        self._taken = 0.0  # when the loop last took it from others
+        self._waiting: deque[_Task] = deque()
+        self._next = 0.0  # when the first of them has it
         self._asleep: dict[object, _Asleep] = {}
         self._failed = 0  # ticks at which an empty core found nobody to take
         self._dice = random.Random(0)  # noqa: S311 - no secret
@@ -160,7 +171,9 @@ class Cores:
             self._clock.at(self._clock.now + work.seconds, call, *args)
             return
         self._pass()
-        self._tasks.append(_Task(work, call, args))
+        task = _Task(work, call, args)
+        task.woken = self._ending
+        self._tasks.append(task)
         if not self._ending:
             self._plan()
 
@@ -170,26 +183,37 @@ class Cores:
         """Let the loop take the lock once it has a core; return whether it did."""
         if self._held or not any(task.is_loop and task.runs for task in self._tasks):
             return False
-        self._held = True
-        if self._clock.now > self._opens:  # else nobody else had it in the meantime
-            self._grant()
+        self._held, now = True, self._clock.now
+        if now > self._opens:  # else nobody else had it in the meantime
+            self._taken = now
+            for task in self._tasks:
+                if not task.waits:
+                    task.until = self._dice.random() * (task.work.stretch or 0.0)
+        self._next = max(now, self._taken + SWITCH)
         return True
 
+    def _let_go(self) -> None:
+        """Let the loop sleep: those that wait have the lock, one after the other."""
+        self._held = False
+        self._opens = self._next = self._clock.now + WAKES
+
     def _grant(self) -> None:
-        self._granted = self._clock.now
+        """Let the first one that waits have the lock."""
+        now = self._clock.now
+        first = self._waiting.popleft()
+        first.waits, first.until, first.woken = False, first.work.stretch or 0.0, True
+        if self._held:
+            self._taken = now
+        self._next = now + (SWITCH if self._held else HANDED)
+
+    def _want(self) -> None:
+        """Let those wait that have come to where they need the lock."""
+        if not self._closed():
+            return
         for task in self._tasks:
-            task.until = task.work.stretch or 0.0
-
-    def _hand_over(self) -> None:
-        """Let one of those that wait have the lock once: who gets it makes the others wait on."""
-        self._granted = self._clock.now
-        waiting = [task for task in self._tasks if not self._goes(task)]
-        if waiting:
-            first = min(waiting, key=lambda task: task.had)
-            first.had, first.until = self._clock.now, first.work.stretch or 0.0
-
-    def _goes(self, task: _Task) -> bool:
-        return task.is_loop or task.until > DONE or not self._closed()
+            if not task.is_loop and not task.waits and task.until <= DONE:
+                task.waits = True
+                self._waiting.append(task)
 
     def _closed(self) -> bool:
         return self._held or self._clock.now < self._opens
@@ -211,8 +235,10 @@ class Cores:
         self._version += 1
         if not self._tasks or self._count is None:
             return
+        self._want()
         self._place()
         if self._hold():
+            self._want()
             self._place()
         now, closed = self._clock.now, self._closed()
         going = [task for task in self._tasks if task.homes]
@@ -225,10 +251,8 @@ class Cores:
         due += now
         if any(len(core.queue) > 1 for core in self._cores):
             due = min(due, self._tick())
-        if self._held and len(going) < len(self._tasks):
-            due = min(due, max(now, self._granted + SWITCH))
-        elif closed and not self._held:
-            due = min(due, self._opens)
+        if self._waiting:
+            due = min(due, max(now, self._next))
         self._clock.at(due, self._end, self._version)
 
     def _tick(self) -> float:
@@ -245,9 +269,9 @@ class Cores:
         for task in ended:
             self._sleep(task)
         if any(task.is_loop for task in ended):
-            self._held, self._opens = False, now + WAKES
-        elif self._held and now >= self._granted + SWITCH:
-            self._hand_over()
+            self._let_go()
+        elif self._waiting and now >= self._next:
+            self._grant()
         if ticks:
             self._turn()
         self._ending = True  # who goes on at once stays where it is
@@ -260,7 +284,7 @@ class Cores:
 
     def _place(self) -> None:
         """Take threads that wait for the lock off their cores, and give those that begin one."""
-        goes = [self._goes(task) for task in self._tasks]
+        goes = [not task.waits for task in self._tasks]
         for task, on in zip(self._tasks, goes, strict=True):
             if task.homes and not on:
                 self._sleep(task)
@@ -279,10 +303,25 @@ class Cores:
         """Put each of its threads where it was; those that are new, where it is emptiest."""
         now, was = self._clock.now, self._asleep.get(task.work.thread)
         for k in range(min(task.work.threads, len(self._cores))):
-            if was and k < len(was.homes):
-                was.homes[k].add(task, now, was.since if was.when == now else None)
+            if not was or k >= len(was.homes):
+                core = min(self._cores, key=lambda core: len(core.queue))
+            elif was.when == now:
+                was.homes[k].add(task, now, was.since)
+                continue
             else:
-                min(self._cores, key=lambda core: len(core.queue)).add(task, now)
+                core = self._drawn(was.homes[k]) if task.woken else was.homes[k]
+            core.add(task, now, preempts=task.woken and self._dice.random() < PREEMPTS)
+
+    def _drawn(self, home: _Core) -> _Core:
+        """Return where a thread wakes that another one wakes, and whose home this is."""
+        others = [core for core in self._cores if core is not home]
+        empty = [core for core in others if not core.queue]
+        seen = self._dice.random() > (1 - SPREAD) ** len(empty)
+        if home.queue:
+            return empty[0] if seen else home
+        full = [core for core in others if core.queue]
+        pulled = full and not seen and self._dice.random() < PULLED
+        return full[0] if pulled else home
 
     def _turn(self) -> None:
         """Let the next one on every core have its turn, and even the cores out."""
@@ -322,46 +361,3 @@ class Cores:
             factor *= len(slow) / sum(slow)
         for task in going:
             task.rate *= factor
-
-
-class Loop:
-    """One thread's event loop. A job takes the lock for all of its time, then its call runs.
-
-    The first job after a pause takes `wake` seconds longer.
-    """
-
-    def __init__(self, clock: Clock, cores: Cores, wake: float = 0.0) -> None:
-        self._clock, self._cores, self._wake = clock, cores, wake
-        self._jobs: deque[tuple[float, Call, tuple[Any, ...]]] = deque()
-        self._working = False
-        self._idle_since = 0.0
-        self.wakes = 0  # times that it began again
-        self.busy = 0.0  # seconds of work done
-        self.behind = 0.0  # seconds of work that wait
-
-    def do(self, cost: float, call: Call, *args: Any) -> None:
-        """Queue a job of so many seconds; `call(*args)` comes at its end."""
-        if not cost and not self._working:
-            call(*args)
-            return
-        if not self._working and self._clock.now > self._idle_since:
-            self.wakes += 1
-            cost += self._wake
-        self._jobs.append((cost, call, args))
-        self.behind += cost
-        if not self._working:
-            self._next()
-
-    def _next(self) -> None:
-        self._working = True
-        cost, call, args = self._jobs.popleft()
-        self.behind -= cost
-        self._cores.run(Work(cost, thread=self), self._ended, cost, call, args)
-
-    def _ended(self, cost: float, call: Call, args: tuple[Any, ...]) -> None:
-        self.busy += cost
-        self._working = False
-        self._idle_since = self._clock.now
-        call(*args)
-        if self._jobs and not self._working:
-            self._next()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from streaminfer.planning.simulation.cores import Cores, Loop, Work
+from streaminfer.planning.simulation.cores import Cores, Work
 from streaminfer.planning.simulation.events import Clock
+from streaminfer.planning.simulation.loop import Loop
 from streaminfer.planning.simulation.scenario import Host, Link, SimStage
 from streaminfer.planning.simulation.tally import Batch, Tally
 
@@ -69,7 +70,7 @@ class Device:
             if not full and oldest > clock.now + 1e-12:
                 if self._timer <= clock.now or oldest < self._timer:
                     self._timer = oldest + self._machine.host.timer
-                    clock.at(self._timer, self._form)
+                    clock.at(self._timer, self._loop.do, 0.0, self._form)
                 return
             calls = [self._calls.popleft()]
             rows = len(calls[0][0].sent)

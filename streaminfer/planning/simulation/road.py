@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from streaminfer.planning.simulation.cores import Loop, Work
+from streaminfer.planning.simulation.cores import Work
 from streaminfer.planning.simulation.device import Device, Machine
+from streaminfer.planning.simulation.loop import Loop
 from streaminfer.planning.simulation.scenario import SimStage
 from streaminfer.planning.simulation.tally import Batch, Lane
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from streaminfer.planning.simulation.cores import Cores, Loop
+from streaminfer.planning.simulation.cores import Cores
 from streaminfer.planning.simulation.device import Device, Machine
 from streaminfer.planning.simulation.events import Clock
+from streaminfer.planning.simulation.loop import Loop
 from streaminfer.planning.simulation.road import Ingest, Inner, Outlet, Sink, Worker
 from streaminfer.planning.simulation.sanity import check
 from streaminfer.planning.simulation.scenario import (

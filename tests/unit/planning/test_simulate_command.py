@@ -40,11 +40,18 @@ def asked(spec: PipelineSpec, folder: Path, **more: Any) -> Outcome:
     return virtual.run(predict(spec, Ask(**more), folder / "plan"))
 
 
+@pytest.mark.parametrize(("busy", "stolen"), [(10.0, 0.0), (0.0, 10.0)])
 def test_a_check_that_others_disturbed_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    busy: float,
+    stolen: float,
 ) -> None:
-    spec, used = digits(tmp_path), itertools.count(step=10.0)
-    monkeypatch.setattr(trial, "busy_seconds", lambda: next(used))
+    spec, times = digits(tmp_path), itertools.count()
+    monkeypatch.setattr(
+        trial, "machine_seconds", lambda: tuple(next(times) * s for s in (busy, stolen))
+    )
     outcome = asked(spec, tmp_path, rate=5.0, seconds=5.0, check=True)
     assert outcome.measured is not None
     assert outcome.measured.others > 0.5
