@@ -87,14 +87,16 @@ class _Core:
         self.since = 0.0  # when the first one got it
 
     def add(
-        self, task: _Task, now: float, since: float | None = None, *, preempts: bool = False
+        self, task: _Task, now: float, since: float | None = None, *, at_once: bool | None = None
     ) -> None:
-        """Let it wake here: it has the core if it preempts, or if nobody's slice is in the way.
+        """Let it wake here and have the core `at_once`; None: if nobody's slice is in the way.
 
         `since`: it goes on with a slice that began then.
         """
         task.homes.append(self)
-        if self.queue and since is None and not preempts and now - self.since < SLICE:
+        if at_once is None:
+            at_once = now - self.since >= SLICE
+        if self.queue and since is None and not at_once:
             task.off = now
             self.queue.append(task)
             return
@@ -284,13 +286,16 @@ class Cores:
 
     def _place(self) -> None:
         """Take threads that wait for the lock off their cores, and give those that begin one."""
-        goes = [not task.waits for task in self._tasks]
-        for task, on in zip(self._tasks, goes, strict=True):
-            if task.homes and not on:
+        for task in self._tasks:
+            if task.homes and task.waits:
                 self._sleep(task)
-        for task, on in zip(self._tasks, goes, strict=True):
-            if on and not task.homes:
-                self._wake(task)
+        begin = [task for task in self._tasks if not task.waits and not task.homes]
+        for task in sorted(begin, key=self._paused):  # who goes on at once is where it was
+            self._wake(task)
+
+    def _paused(self, task: _Task) -> bool:
+        was = self._asleep.get(task.work.thread)
+        return was is None or was.when < self._clock.now
 
     def _sleep(self, task: _Task) -> None:
         now, homes = self._clock.now, tuple(task.homes)
@@ -310,7 +315,7 @@ class Cores:
                 continue
             else:
                 core = self._drawn(was.homes[k]) if task.woken else was.homes[k]
-            core.add(task, now, preempts=task.woken and self._dice.random() < PREEMPTS)
+            core.add(task, now, at_once=self._dice.random() < PREEMPTS if task.woken else None)
 
     def _drawn(self, home: _Core) -> _Core:
         """Return where a thread wakes that another one wakes, and whose home this is."""

@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from streaminfer.planning.simulation.cores import Cores, Work
+from streaminfer.planning.simulation.cores import HANDED, WAKES, Cores, Work
 from streaminfer.planning.simulation.events import Clock
+from streaminfer.planning.simulation.loop import STEP, Loop
 
 
 def test_after_five_milliseconds_the_lock_is_handed_over() -> None:
@@ -30,6 +31,68 @@ def test_it_is_handed_over_to_one_of_those_that_wait() -> None:
         cores.run(Work(0.001, 1, 0.0, 0.0005), lambda: ended.append(clock.now))
     clock.run(2.0)
     assert ended == [pytest.approx(t, abs=0.002) for t in (0.020, 0.025, 0.030)]
+
+
+def test_those_that_wait_have_it_one_after_the_other_once_the_loop_sleeps() -> None:
+    clock = Clock()
+    cores, ended = Cores(clock, 4), list[float]()
+    cores.run(Work(0.004), lambda: None)
+    for _ in range(3):
+        cores.run(Work(0.001, 1, 0.0, 0.001), lambda: ended.append(clock.now))
+    clock.run(1.0)
+    first = 0.004 + WAKES + 0.001
+    assert ended == [pytest.approx(first + k * HANDED, abs=1e-6) for k in range(3)]
+
+
+def test_tasks_of_a_loop_have_turns() -> None:
+    """A short one does not wait for the end of a long one, but for its turn."""
+    clock, ended = Clock(), dict[str, float]()
+    loop = Loop(clock, Cores(clock, 1))
+    for name, cost in (("first", 1e-4), ("long", 1e-3), ("short", STEP)):
+        loop.do(cost, lambda name=name: ended.update({name: clock.now}))
+    clock.run(1.0)
+    assert ended == pytest.approx(
+        {"first": 1e-4, "short": 1e-4 + 2 * STEP, "long": 1e-4 + STEP + 1e-3}
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "by_timer", "least", "most"),
+    [(2.0, False, 0.05, 0.5), (2.0, True, 0.0, 0.0), (64.0, False, 0.0, 0.01)],
+)
+def test_whom_a_thread_wakes_may_come_to_its_core(
+    count: float, *, by_timer: bool, least: float, most: float
+) -> None:
+    """One thread never sleeps and wakes another, though there is an empty core for that one."""
+    clock, took = Clock(), list[float]()
+    cores, idle = Cores(clock, count), [True]
+
+    def works() -> None:
+        cores.run(Work(0.0021, 1, 0.0, math.inf, thread="one"), again)
+
+    def again() -> None:
+        if idle[0] and not by_timer:
+            wakes()
+        works()
+
+    def wakes() -> None:
+        idle[0] = False
+        cores.run(Work(0.001, 1, 0.0, math.inf, thread="other"), ended, clock.now)
+
+    def ended(began: float) -> None:
+        took.append(clock.now - began)
+        clock.at(
+            clock.now + 0.0037,
+            wakes if by_timer else idle.__setitem__,
+            *(() if by_timer else (0, True)),
+        )
+
+    works()
+    clock.at(0.0005, wakes)
+    clock.run(20.0)
+    assert len(took) > 1000
+    longer = sum(seconds > 0.0011 for seconds in took) / len(took)
+    assert least <= longer <= most
 
 
 def _busy(threads: int, seconds: float, cores: float = 2.0) -> list[float]:
