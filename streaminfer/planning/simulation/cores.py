@@ -167,6 +167,11 @@ class Cores:
         self._dice = random.Random(0)  # noqa: S311 - no secret
         self._ending = False
 
+    @property
+    def shared(self) -> bool:
+        """Whether there are only so many, for all."""
+        return self._count is not None
+
     def run(self, work: Work, call: Call, *args: Any) -> None:
         """Do some work, then call."""
         if self._count is None:

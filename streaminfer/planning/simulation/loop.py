@@ -16,8 +16,9 @@ STEP = 50e-6  # seconds that a task runs on the average before it awaits somethi
 class Loop:
     """One thread's event loop. A job takes the lock for all of its time, then its call runs.
 
-    Jobs that wait have turns, as tasks give way to each other where they await. The first job after
-    a pause takes `wake` seconds longer.
+    Where all share the cores, jobs that wait have turns, as tasks give way to each other where they
+    await; where a worker has its own, they come one after the other: few wait there. The first job
+    after a pause takes `wake` seconds longer.
     """
 
     def __init__(self, clock: Clock, cores: Cores, wake: float = 0.0) -> None:
@@ -45,7 +46,7 @@ class Loop:
     def _next(self) -> None:
         self._working = True
         cost, call, args = self._jobs.popleft()
-        now = min(cost, STEP) if self._jobs else cost
+        now = min(cost, STEP) if self._jobs and self._cores.shared else cost
         self.behind -= now
         self._cores.run(Work(now, thread=self), self._ended, now, cost - now, call, args)
 
