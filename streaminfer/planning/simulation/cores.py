@@ -120,10 +120,13 @@ class _Core:
 
 
 class _Asleep(NamedTuple):
-    """A thread that has nothing to do: where it was, since when it had its core, since when not."""
+    """A thread that has nothing to do: where it was, and since when.
+
+    `since`: when it got the core that it had; None: that is another's now.
+    """
 
     homes: Sequence[_Core]
-    since: float
+    since: float | None
     when: float
 
 
@@ -242,10 +245,8 @@ class Cores:
         self._version += 1
         if not self._tasks or self._count is None:
             return
-        self._want()
         self._place()
         if self._hold():
-            self._want()
             self._place()
         now, closed = self._clock.now, self._closed()
         going = [task for task in self._tasks if task.homes]
@@ -273,14 +274,14 @@ class Cores:
         now = self._clock.now
         ended = [task for task in self._tasks if task.left <= DONE]
         self._tasks = [task for task in self._tasks if task.left > DONE]
+        if ticks:
+            self._turn()
         for task in ended:
             self._sleep(task)
         if any(task.is_loop for task in ended):
             self._let_go()
         elif self._waiting and now >= self._next:
             self._grant()
-        if ticks:
-            self._turn()
         self._ending = True  # who goes on at once stays where it is
         for task in ended:
             task.call(*task.args)
@@ -291,6 +292,7 @@ class Cores:
 
     def _place(self) -> None:
         """Take threads that wait for the lock off their cores, and give those that begin one."""
+        self._want()
         for task in self._tasks:
             if task.homes and task.waits:
                 self._sleep(task)
@@ -305,7 +307,8 @@ class Cores:
     def _sleep(self, task: _Task) -> None:
         now, homes = self._clock.now, tuple(task.homes)
         if task.work.thread is not None:
-            self._asleep[task.work.thread] = _Asleep(homes, homes[0].since, now)
+            since = homes[0].since if homes[0].queue[0] is task else None
+            self._asleep[task.work.thread] = _Asleep(homes, since, now)
         for core in homes:
             core.remove(task, now)
 
@@ -316,7 +319,7 @@ class Cores:
             if not was or k >= len(was.homes):
                 core = min(self._cores, key=lambda core: len(core.queue))
             elif was.when == now:
-                was.homes[k].add(task, now, was.since)
+                was.homes[k].add(task, now, was.since, at_once=False)
                 continue
             else:
                 core = self._drawn(was.homes[k]) if task.woken else was.homes[k]

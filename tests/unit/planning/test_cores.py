@@ -22,26 +22,21 @@ def test_after_five_milliseconds_the_lock_is_handed_over() -> None:
     assert ended == [pytest.approx(0.05 + 0.001, abs=0.006), pytest.approx(1.0)]
 
 
-def test_it_is_handed_over_to_one_of_those_that_wait() -> None:
-    """Each switch makes the others wait for another 5 ms."""
+@pytest.mark.parametrize(
+    ("loop", "stretch", "first", "apart", "near"),
+    [(1.0, 0.0005, 0.020, 0.005, 2e-3), (0.004, 0.001, 0.005 + WAKES, HANDED, 1e-6)],
+    ids=["every 5 ms", "once the loop sleeps"],
+)
+def test_those_that_wait_have_the_lock_one_after_the_other(
+    loop: float, stretch: float, first: float, apart: float, near: float
+) -> None:
     clock = Clock()
     cores, ended = Cores(clock, 4), list[float]()
-    cores.run(Work(1.0), lambda: None)
+    cores.run(Work(loop), lambda: None)
     for _ in range(3):
-        cores.run(Work(0.001, 1, 0.0, 0.0005), lambda: ended.append(clock.now))
+        cores.run(Work(0.001, 1, 0.0, stretch), lambda: ended.append(clock.now))
     clock.run(2.0)
-    assert ended == [pytest.approx(t, abs=0.002) for t in (0.020, 0.025, 0.030)]
-
-
-def test_those_that_wait_have_it_one_after_the_other_once_the_loop_sleeps() -> None:
-    clock = Clock()
-    cores, ended = Cores(clock, 4), list[float]()
-    cores.run(Work(0.004), lambda: None)
-    for _ in range(3):
-        cores.run(Work(0.001, 1, 0.0, 0.001), lambda: ended.append(clock.now))
-    clock.run(1.0)
-    first = 0.004 + WAKES + 0.001
-    assert ended == [pytest.approx(first + k * HANDED, abs=1e-6) for k in range(3)]
+    assert ended == [pytest.approx(first + k * apart, abs=near) for k in range(3)]
 
 
 def test_tasks_of_a_loop_have_turns() -> None:
@@ -56,19 +51,20 @@ def test_tasks_of_a_loop_have_turns() -> None:
     )
 
 
+@pytest.mark.parametrize("job", [0.002, 0.0021], ids=["ends at a tick", "does not"])
 @pytest.mark.parametrize(
     ("count", "by_timer", "least", "most"),
     [(2.0, False, 0.05, 0.5), (2.0, True, 0.0, 0.0), (64.0, False, 0.0, 0.01)],
 )
 def test_whom_a_thread_wakes_may_come_to_its_core(
-    count: float, *, by_timer: bool, least: float, most: float
+    count: float, *, by_timer: bool, least: float, most: float, job: float
 ) -> None:
     """One thread never sleeps and wakes another, though there is an empty core for that one."""
     clock, took = Clock(), list[float]()
     cores, idle = Cores(clock, count), [True]
 
     def works() -> None:
-        cores.run(Work(0.0021, 1, 0.0, math.inf, thread="one"), again)
+        cores.run(Work(job, 1, 0.0, math.inf, thread="one"), again)
 
     def again() -> None:
         if idle[0] and not by_timer:
