@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -129,19 +130,20 @@ def _targets(file: Path) -> list[str]:
 
 
 async def _look(urls: Sequence[str]) -> Look:
-    texts = await asyncio.gather(*[asyncio.to_thread(_fetch, url) for url in urls])
-    at = time.monotonic()
+    answers = await asyncio.gather(*[asyncio.to_thread(_fetch, url) for url in urls])
     try:
-        readings: list[Reading] = [reading for text in texts for reading in parse(text)]
+        readings: list[Reading] = [reading for _, text in answers for reading in parse(text)]
     except ValueError as error:
         raise ConfigError(f"no metrics: {error}", where="--from-metrics") from None
-    return Look(at, readings)
+    return Look(fmean(at for at, _ in answers), readings)
 
 
-def _fetch(url: str) -> str:
+def _fetch(url: str) -> tuple[float, str]:
+    """Return when the metrics were read there, by this clock, and what they are."""
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - checked: http
-            return str(answer.read().decode("utf-8", "replace"))
+            at = time.monotonic()  # it begins to answer once it has read them
+            return at, str(answer.read().decode("utf-8", "replace"))
     except (urllib.error.URLError, OSError) as error:
         raise ConfigError(
             f"{url}: {getattr(error, 'reason', error)}",

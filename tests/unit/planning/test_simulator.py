@@ -241,7 +241,8 @@ def test_a_loop_takes_longer_to_begin_again_and_an_idle_device_to_compute() -> N
     assert slow.host - quick.host == pytest.approx(quick.wakes * 0.002, rel=0.1)
     assert cold.p50 == pytest.approx(quick.p50 + 0.005, rel=0.05)
     busy = run(stage("a", warming={1: 0.005}), window_loop=64, host=host)
-    assert busy.throughput == pytest.approx(run(stage("a"), window_loop=64, host=host).throughput)
+    never = run(stage("a"), window_loop=64, host=host)  # dice say where threads wake, in both
+    assert busy.throughput == pytest.approx(never.throughput, rel=0.005)
 
 
 def test_calls_take_longer_and_shorter_as_they_were_measured() -> None:
