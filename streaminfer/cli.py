@@ -199,6 +199,7 @@ def simulate(
     seconds: Seconds = 10.0,
     seed: Seed = 0,
     check: Check = False,
+    kafka: Kafka = None,
     plan: PlanDir = None,
     random_weights: Random = False,
     as_json: Json = False,
@@ -210,7 +211,9 @@ def simulate(
         rate, concurrency, pattern, replicas, devices, changes or (), cost or (), bus, seconds,
         seed, check,
     )  # fmt: skip
-    outcome = _await(commands.predict(_load(pipeline), ask, plan, random_weights=random_weights))
+    outcome = _await(
+        commands.predict(_load(pipeline, kafka), ask, plan, random_weights=random_weights)
+    )
     commands.print_simulated(outcome, as_json=as_json)
 
 

@@ -145,4 +145,6 @@ Bus = Annotated[
 ]
 Seconds = Annotated[float, typer.Option(metavar="S", help="Simulated seconds.")]
 Seed = Annotated[int, typer.Option(help="Of the arrivals.")]
-Check = Annotated[bool, typer.Option("--check", help="Run it, too, and compare.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="Run it, too, and compare; on Kafka on topics of its own.")
+]

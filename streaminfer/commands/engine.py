@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from streaminfer.commands.calibration import calibrate
 from streaminfer.commands.records import inputs_of
 from streaminfer.commands.timing import time_decode, time_stages
-from streaminfer.commands.trial import calibrate
 from streaminfer.planning.build import build
 from streaminfer.planning.predict import Calls
 from streaminfer.planning.simulation.scenario import Host

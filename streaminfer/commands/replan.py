@@ -6,13 +6,9 @@ import asyncio
 import ipaddress
 import json
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,11 +16,11 @@ import yaml
 from rich.table import Table
 
 from streaminfer.commands.plans import console, plan_of
+from streaminfer.commands.scraped import look
 from streaminfer.errors import ConfigError
-from streaminfer.metrics import Reading, parse
 from streaminfer.plan import Plan
 from streaminfer.planning.advice import Advice, Change, Layer, advise
-from streaminfer.planning.live import Look, Place, between
+from streaminfer.planning.live import Place, between
 from streaminfer.planning.profile import Profile, kept
 from streaminfer.planning.source import model_key
 from streaminfer.spec.file import load
@@ -35,8 +31,6 @@ if TYPE_CHECKING:
     from streaminfer.spec import PipelineSpec
 
 __all__ = ["print_advice", "replan"]
-
-PATIENCE = 5.0  # seconds for one address
 
 
 async def replan(
@@ -68,13 +62,13 @@ async def replan(
     seconds = _seconds(over)
     _check_out(spec, out)
     urls = addresses(sources)
-    await _look(urls)  # who does not answer is named before a plan is built
+    await look(urls)  # who does not answer is named before a plan is built
     _, plan = plan_of(spec, folder, random_weights)
     places = _places(spec, plan)
-    looks = [await _look(urls)]
+    looks = [await look(urls)]
     for _ in range(2):
         await asyncio.sleep(seconds / 2)
-        looks.append(await _look(urls))
+        looks.append(await look(urls))
     halves = [between(a, b, spec.pipeline, places) for a, b in pairwise(looks)]
     cores = float(os.cpu_count() or 1) if all(map(_is_here, urls)) else None
     advice = advise(halves, places, cores=cores, worth=least, layers=_layers(spec, plan))
@@ -126,29 +120,6 @@ def _targets(file: Path) -> list[str]:
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{file} is no list of targets", where="--from-metrics", hint="streaminfer targets"
-        ) from None
-
-
-async def _look(urls: Sequence[str]) -> Look:
-    answers = await asyncio.gather(*[asyncio.to_thread(_fetch, url) for url in urls])
-    try:
-        readings: list[Reading] = [reading for _, text in answers for reading in parse(text)]
-    except ValueError as error:
-        raise ConfigError(f"no metrics: {error}", where="--from-metrics") from None
-    return Look(fmean(at for at, _ in answers), readings)
-
-
-def _fetch(url: str) -> tuple[float, str]:
-    """Return when the metrics were read there, by this clock, and what they are."""
-    try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - checked: http
-            at = time.monotonic()  # it begins to answer once it has read them
-            return at, str(answer.read().decode("utf-8", "replace"))
-    except (urllib.error.URLError, OSError) as error:
-        raise ConfigError(
-            f"{url}: {getattr(error, 'reason', error)}",
-            where="--from-metrics",
-            hint="is it running? `streaminfer targets PIPELINE` lists what runs here",
         ) from None
 
 

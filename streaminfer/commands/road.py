@@ -1,4 +1,4 @@
-"""What the road costs on this machine: a hop on each bus; and inputs to try."""
+"""What the road costs on this machine: a hop on each bus, and how long a broker takes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 
 from streaminfer.client import connect
+from streaminfer.errors import TransportError
 from streaminfer.metrics import Metrics
 from streaminfer.planning.profile import Link
+from streaminfer.planning.simulation.scenario import Link as Transit
 from streaminfer.runtime.outbox import Outbox
 from streaminfer.runtime.receive import Envelopes
 from streaminfer.runtime.steps import Acked, Item, Plain, Result, Settled
 from streaminfer.runtime.worker import Limits, Worker
 from streaminfer.spec import PipelineSpec
 from streaminfer.topology import Route, Routes
-from streaminfer.transport import TopicSpec, Transport
+from streaminfer.transport import Outgoing, TopicSpec, Transport
 from streaminfer.transport.memory import MemoryTransport
 from streaminfer.wire import Envelope, Sample, Tensor
 
-__all__ = ["KAFKA", "LOCAL", "hop"]
+__all__ = ["KAFKA", "LOCAL", "hop", "transit"]
 
 LOCAL = Link(name="local", alpha=0.0, per_byte=0.0, source="the same process")
 # Measured once, one broker on the same machine, tuned malloc, records of 800 kB: 376 MB/s out and
@@ -35,7 +38,9 @@ KAFKA = Link(
 )
 SIZES = (64, 500_000)  # float32 values of the envelopes sent
 HOPS = 40
-DECODED = 8  # images
+LOST = 10.0  # seconds
+PINGS = {256: 60, 800_000: 20}  # bytes of records that are sent one by one, and how many
+UNTIMED = 10  # before them
 
 
 class _Pass(Plain):
@@ -79,6 +84,39 @@ async def hop(spec: PipelineSpec, bootstrap: str | None = None) -> Link:
     name = "kafka" if bootstrap else "memory"
     where = f"measured at {bootstrap}" if bootstrap else "measured here"
     return Link(name=name, alpha=max(0.0, small - few * per_byte), per_byte=per_byte, source=where)
+
+
+async def transit(spec: PipelineSpec) -> Transit:
+    """Send records of two sizes to the broker, one by one: seconds until they are read again.
+
+    Raises:
+        TransportError: no broker answers there.
+    """
+    transport = connect(spec)
+    topic = f"{spec.kafka.prefix}-{uuid.uuid4().hex[:8]}-probe"
+    async with transport.admin() as admin, transport.producer() as producer:
+        await admin.create([TopicSpec(topic, 1)])
+        try:
+            async with transport.consumer([topic], None, from_end=True) as consumer:
+
+                async def ping(nbytes: int) -> float:
+                    began = time.perf_counter()
+                    await producer.send(Outgoing(topic, bytes(nbytes), None, 0))
+                    while not await consumer.poll(1.0):
+                        if time.perf_counter() - began > LOST:
+                            raise TransportError(f"a record sent to {topic} did not come back")
+                    return time.perf_counter() - began
+
+                few, many = PINGS
+                for _ in range(UNTIMED):
+                    await ping(few)
+                small, large = [
+                    median([await ping(nbytes) for _ in range(count)])
+                    for nbytes, count in PINGS.items()
+                ]
+        finally:
+            await admin.delete([topic])
+    return Transit(small, max(0.0, large - small) / (many - few))
 
 
 async def _hops(transport: Transport, values: int) -> float:

@@ -13,6 +13,7 @@ from streaminfer.app import Deployment, LocalPipeline, run_worker
 from streaminfer.client import Client, connect
 from streaminfer.commands.messages import either, on_signals, print_answers
 from streaminfer.commands.plans import plan_of, topics_apply
+from streaminfer.commands.processes import worker_commands
 from streaminfer.errors import ConfigError
 from streaminfer.launcher import Command, Launcher, free_ports, scrape_targets
 from streaminfer.plan import Plan
@@ -72,7 +73,7 @@ async def _run_processes(
 ) -> int:
     for line in await topics_apply(spec, folder, random_weights):
         print(line, flush=True)
-    commands = _worker_commands(spec, plan, folder, random_weights)
+    commands = worker_commands(spec, plan, folder, random_weights)
     file = targets_file(spec)
     scrape_targets(spec.pipeline, spec.metrics.host, commands, file)
     up = asyncio.Event()
@@ -98,23 +99,6 @@ async def _run_processes(
             stop.set()
             return max(code, await running)
     return await running
-
-
-def _worker_commands(
-    spec: PipelineSpec, plan: Plan, folder: Path, random_weights: bool
-) -> list[Command]:
-    roles = [(role, k) for role in build(spec, plan).workers for k in range(role.replicas)]
-    ports = free_ports(spec.metrics.host, spec.metrics.port, len(roles))
-    commands = []
-    for (role, k), port in zip(roles, ports, strict=True):
-        what = ["--stage", role.stages[0]] if role.stages else ["--sink"]
-        what += ["--replica", str(k)] if role.replicas > 1 else []
-        random = ["--random-weights"] if random_weights else []
-        arguments = ["worker", str(spec.path), *what, "--plan", str(folder), *random]
-        arguments += ["--metrics-port", str(port), "--kafka", spec.kafka.bootstrap or ""]
-        name = role.name if role.replicas == 1 else f"{role.name}.{k}"
-        commands.append(Command(name, arguments, port, role.stages))
-    return commands
 
 
 async def worker(

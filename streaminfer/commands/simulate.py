@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from streaminfer.commands.cells import cells
 from streaminfer.commands.plans import console, plan_of, warn
-from streaminfer.errors import ConfigError
+from streaminfer.errors import ConfigError, TransportError
 from streaminfer.plan import Plan
 from streaminfer.planning.profile import Profile, kept
 from streaminfer.planning.simulation.sanity import check
@@ -33,6 +34,7 @@ from streaminfer.spec import did_you_mean
 from streaminfer.topics import window
 
 if TYPE_CHECKING:
+    from streaminfer.commands.records import Input
     from streaminfer.commands.trial import Trial
     from streaminfer.spec import PipelineSpec
 
@@ -76,7 +78,7 @@ class Outcome:
         if self.changed is not None:
             found["what_if"] = {"changes": list(self.changes), **self.changed.to_json()}
         if self.measured is not None:
-            found["measured"] = asdict(self.measured)
+            found["measured"] = self.measured.to_json()
             found["ratio"] = dict(self.ratios())
         return found
 
@@ -94,12 +96,14 @@ async def predict(
     """Measure the stages of a plan, simulate it, and run it if that is asked.
 
     Raises:
-        ConfigError: an unknown stage, device, pattern or key; a rate of 0; a price that is none.
+        ConfigError: an unknown stage, device, pattern or key; a rate of 0; a price that is none;
+            a check through Kafka, and no broker is named.
+        TransportError: a check, and the broker does not answer.
     """
+    from streaminfer.commands.calibration import calibrate
     from streaminfer.commands.engine import apart
     from streaminfer.commands.records import inputs_of
     from streaminfer.commands.timing import time_decode, time_stages
-    from streaminfer.commands.trial import calibrate, drive
     from streaminfer.planning.timing import cores
 
     _refuse(ask)
@@ -110,6 +114,7 @@ async def predict(
     profiles = kept(model_key(spec, plan.random_weights)) if spec.model else []
     profile = profiles[0] if profiles else None
     _asked(scenario_of(spec, plan, blank, Host(), ask, profile), ask)
+    link = await _link(spec, ask) if _bus(spec, ask) == "kafka" else None
     times = await time_stages(spec, plan, where)
     for name, one in times.items():
         if one.spread > SPREAD:
@@ -117,24 +122,64 @@ async def predict(
     found = await calibrate(spec, plan, where, inputs, float(cores()))
     host = replace(found.host, decode=time_decode(plan.input, inputs))
     times = {name: replace(one, leaves=found.leaves.get(name, 0.0)) for name, one in times.items()}
-    if _bus(spec, ask) == "kafka":
-        host = apart(host)
     before = replace(
         scenario_of(spec, plan, times, host, ask, profile),
         bytes_in=_mean(len(one.value) for one in inputs),
     )
+    if link:
+        before = replace(before, host=apart(host), link=link)
     plain, after = _asked(before, ask)
     predicted = simulate(plain)
     changed = simulate(after) if ask.what_if else None
     if not ask.check:
         return Outcome(predicted, changed, None, ask.what_if)
-    measured = await drive(spec, plan, where, plain, inputs)
+    measured = await _measured(spec, plan, where, plain, inputs, random_weights)
     if measured.others > BUSY:
         warn(
             f"others kept {measured.others:.2f} cores busy while it was measured (processes here,"
             " or other guests of the same host): its p99 is theirs, too"
         )
     return Outcome(predicted, changed, measured, ask.what_if)
+
+
+async def _link(spec: PipelineSpec, ask: Ask) -> Link:
+    """Return what the broker takes, if there is one that answers; a check needs it."""
+    from streaminfer.commands.road import transit
+
+    if not spec.kafka.bootstrap and not ask.check:
+        return KAFKA
+    try:
+        return await transit(spec)
+    except TransportError as error:
+        if ask.check:
+            raise
+        warn(f"the link is a typical one, not measured: {error}")
+        return KAFKA
+
+
+async def _measured(
+    spec: PipelineSpec,
+    plan: Plan,
+    folder: Path,
+    load: Scenario,
+    inputs: Sequence[Input],
+    random_weights: bool,
+) -> Trial:
+    """Run the plan as it was predicted: in this process, or on Kafka with one for each worker."""
+    from streaminfer.commands.processes import Processes
+    from streaminfer.commands.trial import drive, measure
+    from streaminfer.planning.timing import cores
+
+    if load.host.cores is not None:
+        return await drive(spec, plan, folder, load, inputs)
+    threads = sum(len(stage.speeds) * stage.threads for stage in load.stages)
+    if threads + 1 > cores():  # and this process
+        warn(
+            f"the prediction gives every worker cores of its own; here {threads} threads, this"
+            f" process and maybe the broker share {cores():.0f}"
+        )
+    async with Processes(spec, plan, folder, random_weights=random_weights) as pipeline:
+        return await measure(pipeline, load, inputs)
 
 
 def _asked(scenario: Scenario, ask: Ask) -> tuple[Scenario, Scenario]:
@@ -165,7 +210,6 @@ def scenario_of(
     return Scenario(
         stages=cells(spec, plan, times, devices, profile),
         arrivals=Arrivals(ask.rate, closed, pattern if ask.rate is not None else "constant"),
-        link=KAFKA if _bus(spec, ask) == "kafka" else Link(),
         host=host,
         partitions=partitions,
         window=window(spec, plan, partitions),
@@ -190,11 +234,11 @@ def _refuse(ask: Ask) -> None:
         raise ConfigError("a load is a rate or a concurrency", where="--rate", hint="drop one")
     if ask.concurrency is not None and ask.concurrency < 1:
         raise ConfigError("a loop of no samples", where="--concurrency", hint="give 1 or more")
-    if ask.check and (ask.replicas or ask.devices or ask.bus == "kafka"):
+    if ask.check and (ask.replicas or ask.devices):
         raise ConfigError(
-            "a check runs the file as it is, on the memory bus",
+            "a check runs the file as it is",
             where="--check",
-            hint="drop --replicas, --devices and --bus, or set them in the file",
+            hint="drop --replicas and --devices, or set them in the file",
         )
 
 
@@ -233,7 +277,8 @@ def print_simulated(outcome: Outcome, *, as_json: bool = False) -> None:
         table.add_row(key, *cells, *([f"{ratios[key]:.2f}"] if ratios else []))
     for name in outcome.predicted.busy:
         table.add_row(f"busy {name}", *[f"{report.busy[name]:.0%}" for _, report in columns])
-    table.add_row("event loop", *[f"{report.host:.0%}" for _, report in columns])
+    loops = ["" if math.isnan(report.host) else f"{report.host:.0%}" for _, report in columns]
+    table.add_row("event loop", *loops)
     console.print(table)
     for title, report in columns:
         if isinstance(report, Report):

@@ -1,62 +1,55 @@
-"""Run a plan here, on the memory bus, and measure what a simulation predicts.
+"""Run a plan, and measure what a simulation predicts.
 
-calibrate   what the event loop costs on this machine
-drive       the load of a Scenario, sent and awaited in this process
+measure     the load of a Scenario, sent to a pipeline that is up and awaited here
+drive       the same on the memory bus
 patiently   either again, and longer, where nothing comes back
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from streaminfer.app import LocalPipeline
-from streaminfer.commands.cells import cells
 from streaminfer.commands.records import Input
 from streaminfer.errors import StreaminferError
-from streaminfer.metrics import Metrics
+from streaminfer.metrics import Metrics, Reading
 from streaminfer.plan import Plan
-from streaminfer.planning.simulation.simulator import (
-    Arrivals,
-    Host,
-    Scenario,
-    StageTimes,
-    simulate,
-    summary,
-)
+from streaminfer.planning.simulation.simulator import Scenario, summary
 from streaminfer.spec import PipelineSpec
-from streaminfer.transport import Outgoing, Position
+from streaminfer.transport import Outgoing, Transport
 
 __all__ = [
-    "Calibration",
+    "ROWS",
+    "Here",
+    "Running",
     "Trial",
     "Unanswered",
-    "calibrate",
+    "by_stage",
     "device_seconds",
     "drive",
+    "measure",
     "patiently",
 ]
 
 T = TypeVar("T")
 
-CALIBRATE = 2.0  # seconds of a run
-SPARSE = 30.0  # samples a second that come one by one
-QUICK = 0.001  # seconds of a device call then: whatever, it is not the loop's
-PYTHON = 0.5  # of the decoders' time the interpreter's lock is held
 LONGER = 3  # times that a run to which nothing came back is made twice as long
+AHEAD = 0.5  # of the warm-up: when the metrics are read first, which takes a while
 DEVICE = (
     "streaminfer_stage_compute_duration_seconds_sum",
     "streaminfer_stage_codec_duration_seconds_sum",
 )
-EXITS, PARTIAL = "streaminfer_stage_exits_total", "streaminfer_gather_partial_samples_total"
+PARTIAL = "streaminfer_gather_partial_samples_total"
 ROWS = "streaminfer_stage_batch_size_samples_sum"
 CALLS = "streaminfer_stage_batch_size_samples_count"
 PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
@@ -64,14 +57,6 @@ PATIENCE = 30.0  # seconds without an answer after which a run counts as stuck
 
 class Unanswered(StreaminferError):
     """Nothing came back in the time that was measured: a longer run may be answered."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What two short runs say of the engine, and of who leaves at the plan's exits."""
-
-    host: Host
-    leaves: Mapping[str, float]  # 0-1, by stage: of the rows that it computed
 
 
 @dataclass(frozen=True)
@@ -84,109 +69,55 @@ class Trial:
     mean: float
     busy: Mapping[str, float]
     batch: Mapping[str, float]  # samples in a device call, on average
-    host: float  # CPU seconds per second of the event loop
+    host: float  # CPU seconds per second of the event loop; nan: there are several
     others: float  # cores that others kept busy meanwhile: processes here, guests of the host
     partial: float = 0.0  # 0-1 of the answers: without some of what a quorum can do without
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data; null: it is not known."""
+        return {**asdict(self), "host": None if math.isnan(self.host) else self.host}
+
+
+class Running(Protocol):
+    """A pipeline that is up."""
+
+    spec: PipelineSpec
+    alone: bool  # this process is all of it
+
+    @property
+    def transport(self) -> Transport:
+        """Where its topics are."""
+
+    async def read(self, *names: str) -> Sequence[Reading]:
+        """Return what its workers' metrics of these names say now."""
+
+    async def failed(self) -> None:
+        """Wait until a worker ends by itself, and raise why."""
+
+
+class Here:
+    """One in this process, on the memory bus."""
+
+    alone = True
+
+    def __init__(self, pipeline: LocalPipeline) -> None:
+        self.spec, self.transport = pipeline.spec, pipeline.transport
+        self._metrics, self.failed = pipeline.metrics, pipeline.failed
+
+    async def read(self, *names: str) -> Sequence[Reading]:
+        """Return what its metrics of these names say now."""
+        return self._metrics.readings(*names)
 
 
 def device_seconds(metrics: Metrics) -> dict[str, float]:
     """Return the seconds of each stage's device threads so far."""
-    return _by_stage(metrics, *DEVICE)
+    return by_stage(metrics.readings(*DEVICE))
 
 
-async def calibrate(
-    spec: PipelineSpec,
-    plan: Plan,
-    folder: Path,
-    inputs: Sequence[Input],
-    cores: float,
-    *,
-    seconds: float = CALIBRATE,
-) -> Calibration:
-    """Measure what the engine's own event loop costs here, by its thread's CPU time.
-
-    Two short runs of this plan, with micro-batches that are full and with some of one sample,
-    scale the reference costs: those by sample, and those by micro-batch. What a third run, whose
-    samples come one by one, costs beyond that is what it takes to wake the loop. Neither the rate
-    nor a latency of a run goes into it.
-    """
-    reference = Host.reference(cores)
-    blank = {stage.name: StageTimes({1: 1.0}, leaves=0.5) for stage in plan.stages}
-    hops = Scenario(cells(spec, plan, blank), Arrivals(window=1)).hops()
-    stages, most = len(plan.stages), spec.batch_of(plan.stages[0].path).max
-    exits = sum(stage.exit is not None for stage in plan.stages)
-    rows, costs = [], []
-    leaves: dict[str, float] = {}
-
-    async def run(load: Scenario) -> tuple[Trial, Metrics, tuple[float, float]]:
-        async with LocalPipeline(spec, plan, folder) as pipeline:
-            before = _counts(pipeline.metrics)
-            trial = await _Load(pipeline, load, inputs).run()
-            after = _counts(pipeline.metrics)
-        return trial, pipeline.metrics, (after[0] - before[0], after[1] - before[1])
-
-    for window in (spec.kafka.partitions, 4 * most * spec.kafka.partitions):
-        load = Scenario((), Arrivals(window=window), partitions=spec.kafka.partitions)
-        load = replace(load, seconds=seconds, warm=seconds / 4)
-        trial, metrics, (samples, envelopes) = await patiently(run, load)
-        # of a micro-batch of several rows some leave at an exit and some go on
-        each = envelopes / max(1.0, samples) / (1 + exits * (window > spec.kafka.partitions))
-        leaves = _leaves(metrics)
-        by_sample = reference.loop_seconds(1, 0, stages, hops)
-        rows.append((by_sample, reference.loop_seconds(0, each, stages, hops)))
-        costs.append(trial.host / trial.throughput)
-    host = _fitted(reference, rows, costs)
-    sparse = Scenario(
-        cells(spec, plan, {stage.name: StageTimes({1: QUICK}) for stage in plan.stages}),
-        Arrivals(SPARSE, pattern="poisson"),
-        host=host,
-        partitions=spec.kafka.partitions,
-        seconds=0.75 * seconds,
-        warm=seconds / 8,
-    )
-    (trial, _, _), foreseen = await patiently(run, sparse), simulate(sparse)
-    wake = max(0.0, trial.host - foreseen.host) / max(1.0, foreseen.wakes)
-    return Calibration(replace(host, wake=wake), leaves)
-
-
-def _fitted(reference: Host, rows: Sequence[tuple[float, float]], costs: Sequence[float]) -> Host:
-    """Scale the reference so that its seconds by sample and by micro-batch sum to the costs."""
-    # relative errors count, and no cost is negative
-    matrix = np.array(rows) / np.array(costs)[:, None]
-    by_sample, by_batch = np.linalg.lstsq(matrix, np.ones(len(costs)), rcond=None)[0]
-    if min(by_sample, by_batch) <= 0:
-        by_sample = by_batch = len(costs) / float(matrix.sum())
-    return replace(reference.scaled(float(by_sample), float(by_batch)), python=PYTHON)
-
-
-def _leaves(metrics: Metrics) -> dict[str, float]:
-    """Return the share of each stage's rows that had their answer at its exit."""
-    gone, rows = _by_stage(metrics, EXITS), _by_stage(metrics, ROWS)
-    return {name: gone.get(name, 0.0) / n for name, n in rows.items() if n}
-
-
-def _partial(metrics: Metrics) -> float:
-    """Return the samples that went on so far without some of their branches."""
-    return sum(reading.value for reading in metrics.readings(PARTIAL))
-
-
-def _batches(metrics: Metrics) -> dict[str, float]:
-    """Return the samples of each stage's device calls, on average."""
-    counts = _by_stage(metrics, CALLS)
-    return {name: n / max(1.0, counts[name]) for name, n in _by_stage(metrics, ROWS).items()}
-
-
-def _counts(metrics: Metrics) -> tuple[float, float]:
-    """Return the samples and the envelopes that came to the sink."""
-    names = ("streaminfer_stage_samples_total", "streaminfer_stage_records_consumed_total")
-    samples, envelopes = (_by_stage(metrics, name).get("sink", 0.0) for name in names)
-    return samples, envelopes
-
-
-def _by_stage(metrics: Metrics, *names: str) -> dict[str, float]:
-    """Return the sums of these metrics by stage."""
+def by_stage(readings: Iterable[Reading]) -> dict[str, float]:
+    """Return the sums of these readings by stage."""
     found: dict[str, float] = {}
-    for reading in metrics.readings(*names):
+    for reading in readings:
         stage = reading.labels["stage"]
         found[stage] = found.get(stage, 0.0) + reading.value
     return found
@@ -209,8 +140,14 @@ async def drive(
             input was answered with something else than a prediction.
     """
     async with LocalPipeline(spec, plan, folder) as pipeline:
-        load = _Load(pipeline, scenario, inputs, strict=strict)
-        return await load.run()
+        return await measure(Here(pipeline), scenario, inputs, strict=strict)
+
+
+async def measure(
+    pipeline: Running, scenario: Scenario, inputs: Sequence[Input], *, strict: bool = False
+) -> Trial:
+    """Load a pipeline as a scenario has it, and measure what that predicts. Raises as `drive`."""
+    return await _Load(pipeline, scenario, inputs, strict=strict).run()
 
 
 async def patiently(run: Callable[[Scenario], Awaitable[T]], load: Scenario) -> T:
@@ -266,16 +203,21 @@ def machine_seconds() -> tuple[float, float]:
     return (user + nice + system + irq + soft) / each, steal / each
 
 
+class _Sums(NamedTuple):
+    """What the metrics say so far, at a time: by stage, seconds of its devices, rows and calls."""
+
+    at: float
+    device: Mapping[str, float]
+    rows: Mapping[str, float]
+    calls: Mapping[str, float]
+    partial: float  # samples that went on without some of their branches
+
+
 class _Load:
     """Sends by a schedule, or as many as were answered, and notes when each answer came."""
 
     def __init__(
-        self,
-        pipeline: LocalPipeline,
-        scenario: Scenario,
-        inputs: Sequence[Input],
-        *,
-        strict: bool = False,
+        self, pipeline: Running, scenario: Scenario, inputs: Sequence[Input], *, strict: bool
     ) -> None:
         self._pipeline, self._scenario, self._inputs = pipeline, scenario, inputs
         self._strict = strict
@@ -286,8 +228,6 @@ class _Load:
         self._done: list[float] = []
         self._count = 0
         self._random = np.random.default_rng((scenario.seed, 1))
-        self._span = scenario.seconds - scenario.warm
-        self._acks: list[asyncio.Future[Position]] = []
 
     async def run(self) -> Trial:
         """Load it for the scenario's seconds."""
@@ -301,17 +241,17 @@ class _Load:
                 sending = asyncio.create_task(self._send(began))
                 failing = asyncio.create_task(self._pipeline.failed())
                 try:
+                    await asyncio.sleep(max(0.0, began + AHEAD * scenario.warm - _now()))
+                    before = await self._look()
                     await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
-                    before, used = device_seconds(self._pipeline.metrics), _Used.now()
-                    partial = _partial(self._pipeline.metrics)
+                    used = _Used.now()
                     await asyncio.wait(
                         [failing, reading],
                         timeout=began + scenario.seconds - _now(),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
-                    after = device_seconds(self._pipeline.metrics)
                     used = _Used.now().since(used)
-                    partial = _partial(self._pipeline.metrics) - partial
+                    after = await self._look()
                     for task in (failing, reading):
                         if task.done():
                             task.result()
@@ -319,32 +259,45 @@ class _Load:
                     for task in (reading, sending, failing):
                         task.cancel()
                     await asyncio.gather(reading, sending, failing, return_exceptions=True)
-        trial = self._trial(before, after, used)
-        return replace(trial, partial=partial / max(1, round(trial.throughput * self._span)))
+        return self._trial(before, after, used)
 
-    def _trial(self, before: Mapping[str, float], after: Mapping[str, float], used: _Used) -> Trial:
-        scenario, span = self._scenario, self._span
+    async def _look(self) -> _Sums:
+        readings = await self._pipeline.read(*DEVICE, PARTIAL, ROWS, CALLS)
+
+        def named(*names: str) -> list[Reading]:
+            return [one for one in readings if one.name in names]
+
+        partial = sum(one.value for one in named(PARTIAL))
+        device, rows, calls = (by_stage(named(*n)) for n in (DEVICE, (ROWS,), (CALLS,)))
+        return _Sums(_now(), device, rows, calls, partial)
+
+    def _trial(self, before: _Sums, after: _Sums, used: _Used) -> Trial:
+        scenario, span = self._scenario, self._scenario.seconds - self._scenario.warm
         sent, done = np.array(self._sent), np.array(self._done)
         counts = (done >= scenario.warm) & (done <= scenario.seconds)
         if not counts.any():
             raise Unanswered("no sample was answered while it was measured: run it longer")
         throughput, p50, p99, mean = summary(sent[counts], done[counts], span)
-        busy = {
-            stage.name: (after.get(stage.name, 0.0) - before.get(stage.name, 0.0))
-            / span
-            / len(stage.speeds)
-            for stage in scenario.stages
-        }
-        sizes = _batches(self._pipeline.metrics)
+        between, alone = after.at - before.at, self._pipeline.alone
         return Trial(
             throughput,
             p50,
             p99,
             mean,
-            busy,
-            {stage.name: sizes.get(stage.name, 0.0) for stage in scenario.stages},
-            used.loop / span,
-            used.others / span,
+            busy={
+                stage.name: (after.device.get(stage.name, 0.0) - before.device.get(stage.name, 0.0))
+                / between
+                / len(stage.speeds)
+                for stage in scenario.stages
+            },
+            batch={
+                stage.name: after.rows.get(stage.name, 0.0)
+                / max(1.0, after.calls.get(stage.name, 0.0))
+                for stage in scenario.stages
+            },
+            host=used.loop / span if alone else math.nan,
+            others=(used.others if alone else used.stolen) / span,
+            partial=(after.partial - before.partial) / max(1, round(throughput * between)),
         )
 
     async def _send(self, began: float) -> None:

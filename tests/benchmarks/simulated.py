@@ -33,10 +33,11 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from streaminfer.commands.calibration import calibrate
 from streaminfer.commands.records import inputs_of
 from streaminfer.commands.simulate import Ask, scenario_of
 from streaminfer.commands.timing import time_decode, time_stages
-from streaminfer.commands.trial import Trial, calibrate, drive
+from streaminfer.commands.trial import Trial, drive
 from streaminfer.planning.simulation.simulator import (
     Arrivals,
     Host,
@@ -51,7 +52,7 @@ from tests import virtual
 from tests.benchmarks.processes import ROOT
 from tests.benchmarks.rows import Row, load_average, spread
 
-__all__ = ["CPU", "WALL", "by_cpu", "by_wall"]
+__all__ = ["CASES", "CPU", "P99", "SAMPLES", "THROUGHPUT", "WALL", "Case", "by_cpu", "by_wall"]
 
 WALL = "simulate_vs_measured"
 CPU = "simulate_vs_measured_cpu_time"

@@ -377,7 +377,13 @@ class Sink(Inner):
     def _answer(self, answers: Sequence[Batch], rows: int) -> None:
         for batch in answers:
             self.machine.tally.lanes[batch.partition].answered += len(batch.sent)
-        if answers:
-            self.loop.do(rows * self.machine.host.client / 2, self.machine.tally.answered, answers)
-        clock = self.machine.clock
+        clock, alpha = self.machine.clock, self.machine.link.alpha
+        if answers and alpha:
+            clock.at(clock.now + alpha, self._got, answers, rows)
+        elif answers:
+            self._got(answers, rows)
         clock.at(clock.now, self.loop.do, self.machine.host.turn, self._poll)
+
+    def _got(self, answers: Sequence[Batch], rows: int) -> None:
+        """Let the client have them."""
+        self.loop.do(rows * self.machine.host.client / 2, self.machine.tally.answered, answers)

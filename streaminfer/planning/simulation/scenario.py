@@ -154,7 +154,7 @@ class SimStage:
 class Link:
     """What a hop takes beside the work at its ends. The link of a replica sends one by one."""
 
-    alpha: float = 0.0  # seconds per message
+    alpha: float = 0.0  # seconds per message, those from and to the client included
     beta: float = 0.0  # seconds per byte
 
 

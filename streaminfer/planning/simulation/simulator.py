@@ -262,7 +262,14 @@ class _Run:
         self._tally.inflight.add(len(times))
         self._tally.enter(0, len(times))
         cost = len(times) * self._scenario.host.client / 2
-        self._loops[0].do(cost, self._append, times, where)
+        self._loops[0].do(cost, self._cross, times, where)
+
+    def _cross(self, times: Sequence[float], where: Sequence[int]) -> None:
+        """Let them cross the link to the input topic."""
+        if alpha := self._scenario.link.alpha:
+            self._clock.at(self._clock.now + alpha, self._append, times, where)
+        else:
+            self._append(times, where)
 
     def _append(self, times: Sequence[float], where: Sequence[int]) -> None:
         found: dict[int, list[float]] = {}

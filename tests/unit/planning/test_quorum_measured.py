@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from streaminfer.commands import trial
+from streaminfer.commands import calibration
 from streaminfer.commands.simulate import Ask, predict
 from streaminfer.runtime import forward
 from streaminfer.runtime.device import Device, Done
@@ -73,7 +73,7 @@ def test_as_many_are_partial_as_is_predicted(
     tmp_path: Path, late: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A deadline of half a slow call, of one and a half, and of two: most make it."""
-    monkeypatch.setattr(trial, "CALIBRATE", 0.5)
+    monkeypatch.setattr(calibration, "CALIBRATE", 0.5)
     monkeypatch.setattr(forward, "Device", Slow)
     (tmp_path / "models.py").write_text(MODELS)
     spec = ensemble(tmp_path, late * CALL)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streaminfer.commands import trial
+from streaminfer.commands import calibration, trial
 from streaminfer.commands.simulate import Ask, Outcome, predict, print_simulated
 from streaminfer.errors import ConfigError
 from streaminfer.spec import PipelineSpec, load
@@ -87,7 +87,7 @@ def test_the_engine_does_what_is_predicted(
 def test_the_json_has_the_same_keys_for_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "calibrate", partial(trial.calibrate, seconds=0.5))
+    monkeypatch.setattr(calibration, "calibrate", partial(calibration.calibrate, seconds=0.5))
     spec = digits(tmp_path)
     outcome = asked(
         spec, tmp_path, rate=20.0, seconds=4.0, check=True, what_if=["trunk.seconds=2x"]

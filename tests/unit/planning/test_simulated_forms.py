@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from streaminfer.commands import trial
+from streaminfer.commands import calibration
 from streaminfer.commands.simulate import Ask, Outcome, predict
 from streaminfer.spec import PipelineSpec, load
 from tests import virtual
@@ -98,7 +98,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(trial, "calibrate", partial(trial.calibrate, seconds=0.5))
+    monkeypatch.setattr(calibration, "calibrate", partial(calibration.calibrate, seconds=0.5))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -45,15 +45,16 @@ def test_a_fan_within_one_worker_pays_no_hop() -> None:
     far = run(*fan(), link=Link(alpha=0.050))
     near = [stage("a"), *(replace(s, local=True) for s in fan()[1:])]
     report = run(*near, link=Link(alpha=0.050))
-    assert far.p50 == pytest.approx(0.012 + 3 * 0.050, rel=0.01)
-    assert report.p50 == pytest.approx(0.012 + 0.050, rel=0.01)
+    client = 2 * 0.050  # to the input topic and from the predictions
+    assert far.p50 == pytest.approx(client + 0.012 + 3 * 0.050, rel=0.01)
+    assert report.p50 == pytest.approx(client + 0.012 + 0.050, rel=0.01)
     assert all(report.busy[f"p{k}"] == pytest.approx(0.2, abs=0.02) for k in range(4))
 
 
 def test_a_gather_can_be_in_the_worker_of_what_follows() -> None:
     a, *parts, join = fan()
     report = run(a, *parts, join, stage("head", 0.020, local=True), link=Link(alpha=0.050))
-    assert report.p50 == pytest.approx(0.012 + 0.020 + 3 * 0.050, rel=0.01)
+    assert report.p50 == pytest.approx(0.012 + 0.020 + (3 + 2) * 0.050, rel=0.01)  # 2: the client's
 
 
 def test_each_message_of_a_graph_is_a_hop() -> None:

@@ -146,12 +146,20 @@ def test_batches_merge_up_to_the_largest_and_never_above() -> None:
     assert over.throughput == pytest.approx(800.0, rel=0.02)
 
 
+def test_the_client_is_a_hop_away_at_both_ends() -> None:
+    near = run(stage("a"), rate=20.0)
+    far = run(stage("a"), rate=20.0, link=Link(alpha=0.050))
+    assert far.p50 == pytest.approx(near.p50 + 3 * 0.050)  # stage and sink are two workers
+    assert far.inflight == pytest.approx(near.inflight + 20.0 * 3 * 0.050, rel=0.02)
+    assert far.busy["a"] == pytest.approx(near.busy["a"], rel=0.01)
+
+
 def test_a_local_stage_pays_no_hop() -> None:
     link = Link(alpha=0.050)
     near = run(stage("a"), stage("b", local=True), rate=20.0, link=link)
     far = run(stage("a"), stage("b"), rate=20.0, link=link)
     assert far.p50 - near.p50 == pytest.approx(0.050, rel=0.01)
-    assert near.p50 == pytest.approx(0.020 + 0.050, rel=0.01)
+    assert near.p50 == pytest.approx(0.020 + 3 * 0.050, rel=0.01)  # two are the client's
 
 
 def test_bytes_take_their_time_on_the_link() -> None:
