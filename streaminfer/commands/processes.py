@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from streaminfer.client import connect
 from streaminfer.commands.scraped import look
-from streaminfer.errors import StreaminferError
+from streaminfer.errors import ConfigError, StreaminferError
 from streaminfer.launcher import Command, Launcher, free_ports
 from streaminfer.metrics import Reading
 from streaminfer.plan import Plan
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Processes", "worker_commands"]
 
+SOON = 2.0  # seconds in which a worker that is gone is missed
 LINES = 5  # of what workers said, that an error repeats
 HERE = "127.0.0.1"
 PREFIX = 40  # characters of the pipeline's own, which access rules may ask for
@@ -126,9 +127,14 @@ class Processes:
 
     async def read(self, *names: str) -> Sequence[Reading]:
         """Return what the workers' metrics of these names say now."""
-        host = self.spec.metrics.host
-        urls = [f"http://{host}:{command.port}/metrics" for command in self._commands]
-        return [one for one in (await look(urls)).readings if one.name in names]
+        urls = [f"http://{HERE}:{command.port}/metrics" for command in self._commands]
+        try:
+            found = await look(urls)
+        except ConfigError as error:
+            with contextlib.suppress(TimeoutError):  # it says more
+                await asyncio.wait_for(self.failed(), SOON)
+            raise StreaminferError(f"a worker does not answer: {error}") from None
+        return [one for one in found.readings if one.name in names]
 
     async def failed(self) -> None:
         """Wait until a worker ends by itself, and raise what it said last."""
@@ -140,7 +146,6 @@ class Processes:
 
     async def _close(self) -> None:
         self._stop.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(self._running, return_exceptions=True)
+        await asyncio.wait([self._running])
         async with self.transport.admin() as admin:
             await admin.delete(self._topology.topics())

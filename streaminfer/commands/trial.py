@@ -231,35 +231,39 @@ class _Load:
 
     async def run(self) -> Trial:
         """Load it for the scenario's seconds."""
-        scenario, transport = self._scenario, self._pipeline.transport
+        transport = self._pipeline.transport
         output = self._pipeline.spec.output.topic
         async with transport.producer() as self._producer:
             consumer = transport.consumer([output], None, from_end=True)
             async with consumer:
                 began = _now()
+                measuring = asyncio.create_task(self._measure(began))
+                failing = asyncio.create_task(self._pipeline.failed())
                 reading = asyncio.create_task(self._read(consumer, began))
                 sending = asyncio.create_task(self._send(began))
-                failing = asyncio.create_task(self._pipeline.failed())
+                tasks: tuple[asyncio.Task[Any], ...] = (failing, reading, sending, measuring)
                 try:
-                    await asyncio.sleep(max(0.0, began + AHEAD * scenario.warm - _now()))
-                    before = await self._look()
-                    await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
-                    used = _Used.now()
                     await asyncio.wait(
-                        [failing, reading],
-                        timeout=began + scenario.seconds - _now(),
-                        return_when=asyncio.FIRST_COMPLETED,
+                        [failing, reading, measuring], return_when=asyncio.FIRST_COMPLETED
                     )
-                    used = _Used.now().since(used)
-                    after = await self._look()
                     for task in (failing, reading):
                         if task.done():
                             task.result()
+                    return self._trial(*await measuring)
                 finally:
-                    for task in (reading, sending, failing):
+                    for task in tasks:
                         task.cancel()
-                    await asyncio.gather(reading, sending, failing, return_exceptions=True)
-        return self._trial(before, after, used)
+                    await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _measure(self, began: float) -> tuple[_Sums, _Sums, _Used]:
+        scenario = self._scenario
+        await asyncio.sleep(max(0.0, began + AHEAD * scenario.warm - _now()))
+        before = await self._look()
+        await asyncio.sleep(max(0.0, began + scenario.warm - _now()))
+        used = _Used.now()
+        await asyncio.sleep(max(0.0, began + scenario.seconds - _now()))
+        used = _Used.now().since(used)
+        return before, await self._look(), used
 
     async def _look(self) -> _Sums:
         readings = await self._pipeline.read(*DEVICE, PARTIAL, ROWS, CALLS)

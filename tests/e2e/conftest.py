@@ -76,17 +76,22 @@ class Run:
 
     def children(self) -> dict[str, int]:
         """Return the pid of each worker by the name of its stage."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes().split(b"\0")
-                parent = re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())
-            except OSError:
-                continue
-            if parent and int(parent[1]) == self.process.pid and b"worker" in command:
-                stage = command[command.index(b"--stage") + 1] if b"--stage" in command else b"sink"
-                found[stage.decode()] = int(folder.name)
-        return found
+        return workers_of(self.process.pid)
+
+
+def workers_of(launcher: int) -> dict[str, int]:
+    """Return the pid of each worker that a process has started, by the name of its stage."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())
+        except OSError:
+            continue
+        if parent and int(parent[1]) == launcher and b"worker" in command:
+            stage = command[command.index(b"--stage") + 1] if b"--stage" in command else b"sink"
+            found[stage.decode()] = int(folder.name)
+    return found
 
 
 @asynccontextmanager

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 
-from streaminfer.commands import predict, print_simulated
+from streaminfer.commands import plan_of, predict, print_simulated
 from streaminfer.commands.processes import Processes
+from streaminfer.commands.records import inputs_of
 from streaminfer.commands.simulate import KAFKA, Ask
+from streaminfer.commands.trial import measure
 from streaminfer.errors import ConfigError, StreaminferError, TransportError
+from streaminfer.planning.simulation.scenario import Arrivals, Scenario
 from streaminfer.spec.file import load
-from tests.e2e.conftest import digits_file
+from tests.e2e.conftest import digits_file, workers_of
 
 DEAD = "127.0.0.1:1"
 TWO = [{"name": "stem", "until": "stem"}, {"name": "rest", "replicas": 2}]
@@ -20,12 +27,10 @@ TWO = [{"name": "stem", "until": "stem"}, {"name": "rest", "replicas": 2}]
 
 async def _checks(address: str, name: str) -> list[str]:
     """Return the topics of checks of pipelines of this name."""
-    from aiokafka.admin import AIOKafkaAdminClient
-
     admin = AIOKafkaAdminClient(bootstrap_servers=address)
     await admin.start()
     try:
-        return [topic for topic in await admin.list_topics() if f"{name}" in topic]
+        return [topic for topic in await admin.list_topics() if name in topic]
     finally:
         await admin.close()
 
@@ -71,8 +76,6 @@ async def test_a_worker_that_ends_is_the_answer(folder: Path, kafka_address: str
         digits_file(folder, kafka={"partitions": 2, "prefix": folder.name[-8:]}),
         {"kafka.bootstrap": kafka_address},
     )
-    from streaminfer.commands import plan_of
-
     where, plan = plan_of(spec, folder / "plan", False)
     for weights in where.rglob("*.safetensors"):
         weights.write_bytes(b"none")
@@ -80,6 +83,22 @@ async def test_a_worker_that_ends_is_the_answer(folder: Path, kafka_address: str
         async with Processes(spec, plan, where):
             pass
     assert await _checks(kafka_address, folder.name[-8:]) == []
+
+
+async def test_a_worker_that_dies_while_it_is_measured_is_the_answer(
+    folder: Path, kafka_address: str
+) -> None:
+    spec = load(digits_file(folder), {"kafka.bootstrap": kafka_address})
+    where, plan = plan_of(spec, folder / "plan", False)
+    load_it = Scenario((), Arrivals(rate=20.0), partitions=4, seconds=60.0, warm=40.0)
+    async with Processes(spec, plan, where) as pipeline:
+        sink = workers_of(os.getpid())["sink"]
+        asyncio.get_running_loop().call_later(1.0, os.kill, sink, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            with pytest.raises(StreaminferError, match="sink ended 1 times"):
+                await measure(pipeline, load_it, inputs_of(spec, plan))
+            with pytest.raises(StreaminferError, match="sink ended 1 times"):
+                await pipeline.read("streaminfer_stage_samples_total")
 
 
 async def test_a_check_needs_a_broker_that_answers(folder: Path) -> None:
