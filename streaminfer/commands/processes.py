@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from streaminfer.client import connect
@@ -60,7 +60,7 @@ def worker_commands(
 class Processes:
     """A pipeline on Kafka for a while: its own topics, a process per worker on this machine.
 
-        async with Processes(spec, plan, folder) as pipeline: ...
+        async with Processes(spec, plan, folder).up() as pipeline: ...
 
     Raises:
         ConfigError: the file names no broker.
@@ -95,8 +95,9 @@ class Processes:
         self._said: deque[str] = deque(maxlen=LINES)
         self._stop, self._up = asyncio.Event(), asyncio.Event()
 
-    async def __aenter__(self) -> Self:
-        """Create the topics, start every worker, wait until each can take work."""
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator[Self]:
+        """Create the topics, start every worker, wait until each can take work; undo all of it."""
         async with self.transport.admin() as admin:
             specs = topic_specs(self._topology, self.spec, self.spec.kafka.partitions)
             await admin.create(specs)
@@ -109,21 +110,13 @@ class Processes:
             await asyncio.wait([self._running, up], return_when=asyncio.FIRST_COMPLETED)
             if self._running.done():
                 await self.failed()
-        except BaseException:
-            await self._close()
-            raise
+            yield self
         finally:
             up.cancel()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Stop every worker and delete the topics."""
-        await self._close()
+            self._stop.set()
+            await asyncio.wait([self._running])
+            async with self.transport.admin() as admin:
+                await admin.delete(self._topology.topics())
 
     async def read(self, *names: str) -> Sequence[Reading]:
         """Return what the workers' metrics of these names say now."""
@@ -143,9 +136,3 @@ class Processes:
 
     def _hear(self, name: str, line: str) -> None:
         self._said.append(f"{name} | {line}")
-
-    async def _close(self) -> None:
-        self._stop.set()
-        await asyncio.wait([self._running])
-        async with self.transport.admin() as admin:
-            await admin.delete(self._topology.topics())

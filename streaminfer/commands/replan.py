@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_advice", "replan"]
 
+FLAG = "--from-metrics"
+
 
 async def replan(
     spec: PipelineSpec,
@@ -62,13 +64,13 @@ async def replan(
     seconds = _seconds(over)
     _check_out(spec, out)
     urls = addresses(sources)
-    await look(urls)  # who does not answer is named before a plan is built
+    await look(urls, FLAG)  # who does not answer is named before a plan is built
     _, plan = plan_of(spec, folder, random_weights)
     places = _places(spec, plan)
-    looks = [await look(urls)]
+    looks = [await look(urls, FLAG)]
     for _ in range(2):
         await asyncio.sleep(seconds / 2)
-        looks.append(await look(urls))
+        looks.append(await look(urls, FLAG))
     halves = [between(a, b, spec.pipeline, places) for a, b in pairwise(looks)]
     cores = float(os.cpu_count() or 1) if all(map(_is_here, urls)) else None
     advice = advise(halves, places, cores=cores, worth=least, layers=_layers(spec, plan))
@@ -98,12 +100,12 @@ def addresses(sources: Sequence[str]) -> list[str]:
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ConfigError(
                     f"{name!r} is no address of a worker",
-                    where="--from-metrics",
+                    where=FLAG,
                     hint="http://HOST:PORT, HOST:PORT, or a targets.json",
                 )
             found.append(url if parts.path.strip("/") else f"{url.rstrip('/')}/metrics")
     if not found:
-        raise ConfigError("no worker is named", where="--from-metrics", hint="http://HOST:PORT")
+        raise ConfigError("no worker is named", where=FLAG, hint="http://HOST:PORT")
     return list(dict.fromkeys(found))
 
 
@@ -114,12 +116,12 @@ def _targets(file: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(
             f"{file}: {error.strerror}",
-            where="--from-metrics",
+            where=FLAG,
             hint="`streaminfer run` writes it: .streaminfer/PIPELINE.targets.json",
         ) from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{file} is no list of targets", where="--from-metrics", hint="streaminfer targets"
+            f"{file} is no list of targets", where=FLAG, hint="streaminfer targets"
         ) from None
 
 

@@ -16,18 +16,21 @@ from streaminfer.planning.live import Look
 __all__ = ["look"]
 
 PATIENCE = 5.0  # seconds for one address
-FLAG = "--from-metrics"
 
 
-async def look(urls: Sequence[str]) -> Look:
-    """Read all of them at once. Raises ConfigError: one does not answer, or not with metrics."""
-    answers = await asyncio.gather(*[asyncio.to_thread(_fetch, url) for url in urls])
+async def look(urls: Sequence[str], where: str = "") -> Look:
+    """Read all of them at once.
+
+    Raises:
+        ConfigError: one does not answer, or not with metrics; `where` says who named it.
+    """
+    answers = await asyncio.gather(*[asyncio.to_thread(_fetch, url, where) for url in urls])
     return Look(
         fmean(at for at, _ in answers), [reading for _, readings in answers for reading in readings]
     )
 
 
-def _fetch(url: str) -> tuple[float, list[Reading]]:
+def _fetch(url: str, where: str) -> tuple[float, list[Reading]]:
     """Return when the metrics were read there, by this clock, and what they are."""
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - checked: http
@@ -35,10 +38,10 @@ def _fetch(url: str) -> tuple[float, list[Reading]]:
             text = answer.read().decode("utf-8", "replace")
         return at, list(parse(text))
     except ValueError as error:
-        raise ConfigError(f"no metrics: {error}", where=FLAG) from None
+        raise ConfigError(f"no metrics: {error}", where=where) from None
     except (urllib.error.URLError, OSError) as error:
         raise ConfigError(
             f"{url}: {getattr(error, 'reason', error)}",
-            where=FLAG,
+            where=where,
             hint="is it running? `streaminfer targets PIPELINE` lists what runs here",
         ) from None

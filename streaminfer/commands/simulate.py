@@ -178,7 +178,8 @@ async def _measured(
             f"the prediction gives every worker cores of its own; here {threads} threads, this"
             f" process and maybe the broker share {cores():.0f}"
         )
-    async with Processes(spec, plan, folder, random_weights=random_weights) as pipeline:
+    pipeline = Processes(spec, plan, folder, random_weights=random_weights)
+    async with pipeline.up():
         return await measure(pipeline, load, inputs)
 
 

@@ -80,7 +80,7 @@ async def test_a_worker_that_ends_is_the_answer(folder: Path, kafka_address: str
     for weights in where.rglob("*.safetensors"):
         weights.write_bytes(b"none")
     with pytest.raises(StreaminferError, match=r"ended by itself:\n.*safetensors"):
-        async with Processes(spec, plan, where):
+        async with Processes(spec, plan, where).up():
             pass
     assert await _checks(kafka_address, folder.name[-8:]) == []
 
@@ -91,7 +91,7 @@ async def test_a_worker_that_dies_while_it_is_measured_is_the_answer(
     spec = load(digits_file(folder), {"kafka.bootstrap": kafka_address})
     where, plan = plan_of(spec, folder / "plan", False)
     load_it = Scenario((), Arrivals(rate=20.0), partitions=4, seconds=60.0, warm=40.0)
-    async with Processes(spec, plan, where) as pipeline:
+    async with Processes(spec, plan, where).up() as pipeline:
         sink = workers_of(os.getpid())["sink"]
         asyncio.get_running_loop().call_later(1.0, os.kill, sink, signal.SIGKILL)
         async with asyncio.timeout(30):
