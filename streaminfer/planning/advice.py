@@ -74,7 +74,8 @@ class _Load(NamedTuple):
     """A cell and the seconds that it spends for each sample of the input."""
 
     place: Place
-    seconds: float
+    seconds: float  # of its devices
+    beside: float = 0.0  # of its decoders and event loop
 
     @property
     def capacity(self) -> float:
@@ -121,7 +122,7 @@ def advise(
     notes += [limit] if limit else []
     if busy < HOT and not limit:
         return said(
-            "leave", _no_device_limits(whole, samples, name, busy, capacity), notes=tuple(notes)
+            "leave", _no_device_limits(whole, samples, loads, busy, capacity), notes=tuple(notes)
         )
     changes = list(_changes(loads, cores, layers))
     near = NEAR * max((c.gain for c in changes), default=0.0)
@@ -140,15 +141,24 @@ def advise(
 
 
 def _no_device_limits(
-    live: Live, samples: float, slowest: str, busy: float, capacity: float
+    live: Live, samples: float, loads: Sequence[_Load], busy: float, capacity: float
 ) -> str:
+    name = min(loads, key=lambda load: load.capacity).place.name
+    places = [load.place for load in loads]
+    decoded, where = max((live.cells[p.name].beside / p.replicas, p.name) for p in places)
+    if decoded >= HOT * live.span:
+        return (
+            f"{name} is the slowest and works {busy:.0%} of the time, but the decoders and the "
+            f"event loop of {where} {decoded / live.span:.0%} of a thread's: smaller inputs, or a "
+            f"replica of {where}, if they limit"
+        )
     if live.growth > GROWS * samples:
         return (
-            f"the lag grows, but {slowest}, the slowest, works {busy:.0%} of the time: it is no "
+            f"the lag grows, but {name}, the slowest, works {busy:.0%} of the time: it is no "
             "device that limits; look at the event loop, the window and the link"
         )
     return (
-        f"{slowest} is the slowest and works {busy:.0%} of the time: it can carry "
+        f"{name} is the slowest and works {busy:.0%} of the time: it can carry "
         f"{capacity:,.1f} samples a second, and {live.answered / live.span:,.1f} come"
     )
 
@@ -157,7 +167,10 @@ def _loads(live: Live, places: Sequence[Place]) -> list[_Load]:
     """Return what each cell spends for a sample of the input: those behind an exit, for fewer."""
     came, plain = live.cells[places[0].name].samples, all(p.plain for p in places)
     rows = {p.name: live.cells[p.name].samples if plain else came for p in places}
-    return [_Load(p, live.cells[p.name].seconds / max(1.0, rows[p.name])) for p in places]
+    return [
+        _Load(p, cell.seconds / max(1.0, rows[p.name]), cell.beside / max(1.0, rows[p.name]))
+        for p, cell in ((p, live.cells[p.name]) for p in places)
+    ]
 
 
 def _capacity(loads: Sequence[_Load], cores: float | None) -> float:
@@ -168,7 +181,8 @@ def _capacity(loads: Sequence[_Load], cores: float | None) -> float:
 
 
 def _cpu_work(loads: Sequence[_Load]) -> float:
-    return sum(load.seconds * load.place.threads for load in loads if load.place.on_cpu)
+    computing = sum(load.seconds * load.place.threads for load in loads if load.place.on_cpu)
+    return computing + sum(load.beside for load in loads)
 
 
 def _cores_limit(loads: Sequence[_Load], cores: float | None, live: Live) -> str:
@@ -204,7 +218,8 @@ def _changes(
     devices = sum({load.place.worker: load.place.replicas for load in loads}.values())
     if len({load.place.worker for load in loads}) > 1 and all(load.place.plain for load in loads):
         one = loads[0].place._replace(replicas=devices)
-        then = _capacity([_Load(one, sum(load.seconds for load in loads))], cores)
+        both = [sum(load.seconds for load in loads), sum(load.beside for load in loads)]
+        then = _capacity([_Load(one, *both)], cores)
         text = f"one stage with {devices} replicas, if the whole model fits on each device"
         yield Change("whole", "", text, then, then / now - 1, devices)
 
@@ -215,7 +230,12 @@ def _replica(loads: Sequence[_Load], cores: float | None, now: float) -> Iterato
     if slow.fixed:
         return
     workers = {load.place.worker for load in loads if load.place.path == slow.path}
-    more = [_Load(p._replace(replicas=p.replicas + (p.worker in workers)), s) for p, s in loads]
+    more = [
+        load._replace(place=load.place._replace(replicas=load.place.replicas + 1))
+        if load.place.worker in workers
+        else load
+        for load in loads
+    ]
     then, count = _capacity(more, cores), slow.replicas + 1
     yield Change(
         "replica", slow.path, f"{count} replicas of {slow.path}", then, then / now - 1, count
@@ -242,8 +262,8 @@ def _cuts(
             if first + at == cut or (only and until != only):
                 continue
             moved = list(loads)
-            moved[k] = _Load(a.place, sum(parts[: at + 1]))
-            moved[k + 1] = _Load(b.place, sum(parts[at + 1 :]))
+            moved[k] = a._replace(seconds=sum(parts[: at + 1]))
+            moved[k + 1] = b._replace(seconds=sum(parts[at + 1 :]))
             then = _capacity(moved, cores)
             if best is None or then > best.capacity:
                 text = f"{a.place.path} until {until} (now {layers[cut].until})"

@@ -17,6 +17,11 @@ from streaminfer.metrics import Reading
 __all__ = ["CellRate", "Live", "Look", "Place", "between", "together"]
 
 STAGE = "streaminfer_stage_"
+KINDS = ("busy_seconds_total", "codec_duration_seconds_sum")  # of which one kind alone is read
+COMPUTE = "compute_duration_seconds_sum"
+TO_TENSORS = "codec_duration_seconds_sum decode"
+TO_WIRE = "codec_duration_seconds_sum encode"
+DECODED = "busy_seconds_total decode"  # by the decoders and the event loop; TO_TENSORS is in it
 
 
 class Look(NamedTuple):
@@ -46,8 +51,9 @@ class CellRate:
 
     samples: float
     batches: float
-    seconds: float  # of its device threads: decode, compute, encode
+    seconds: float  # of its devices' threads: wire to tensors, compute, tensors to wire
     queue: float  # samples that wait for it, at the second look
+    beside: float = 0.0  # seconds of its decoders and event loop, while its devices compute
     bytes_in: float = 0.0  # of its worker, where it is the first there
     bytes_out: float = 0.0
 
@@ -97,8 +103,9 @@ def between(before: Look, after: Look, pipeline: str, places: Sequence[Place]) -
         p.name: CellRate(
             samples=gain(p.name, "batch_size_samples_sum"),
             batches=gain(p.name, "batches_total"),
-            seconds=gain(p.name, "busy_seconds_total"),
+            seconds=gain(p.name, COMPUTE, TO_TENSORS, TO_WIRE),
             queue=new.get((p.name, "queue_samples"), 0.0),
+            beside=max(0.0, gain(p.name, DECODED) - gain(p.name, TO_TENSORS)),
             bytes_in=gain(p.name, "received_bytes_total") if p.name == p.worker else 0.0,
             bytes_out=gain(p.name, "sent_bytes_total") if p.name == p.worker else 0.0,
         )
@@ -124,9 +131,8 @@ def _sums(readings: Iterable[Reading], pipeline: str) -> dict[tuple[str, str], f
             short = name.removeprefix(STAGE)
         else:
             continue
-        if short == "busy_seconds_total" and labels["activity"] == "produce":
-            continue  # the event loop's, not the device's
-        key = labels["stage"], short
+        kind = labels.get("activity") or labels.get("direction") or ""
+        key = labels["stage"], f"{short} {kind}" if short in KINDS else short
         found[key] = found.get(key, 0.0) + value
     if others and not found:
         raise ConfigError(
@@ -144,6 +150,7 @@ def together(halves: Sequence[Live]) -> Live:
             batches=sum(half.cells[name].batches for half in halves),
             seconds=sum(half.cells[name].seconds for half in halves),
             queue=halves[-1].cells[name].queue,
+            beside=sum(half.cells[name].beside for half in halves),
             bytes_in=sum(half.cells[name].bytes_in for half in halves),
             bytes_out=sum(half.cells[name].bytes_out for half in halves),
         )

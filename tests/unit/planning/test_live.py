@@ -99,6 +99,24 @@ def test_no_replica_helps_where_the_cores_are_the_limit() -> None:
     assert any("2 cores" in note for note in together.notes)
 
 
+def test_decoders_need_cores_but_do_not_make_a_device_busy() -> None:
+    half = live(6.0, 9.5, 3.0)
+    cells = {**half.cells, "stem": replace(half.cells["stem"], beside=6.0)}
+    advice = said(replace(half, cells=cells), replace(half, cells=cells), cores=2.0)
+    assert (advice.bottleneck, advice.busy) == ("trunk", pytest.approx(0.95))
+    assert advice.capacity == pytest.approx(2 * 1000 / 24.5)  # of two cores; devices alone: 2000/19
+    assert any("2.5 of 2 cores" in note for note in advice.notes)
+
+
+def test_decoders_that_limit_are_named() -> None:
+    half = live(3.0, 4.0, 1.0, growth=500.0)
+    cells = {**half.cells, "stem": replace(half.cells["stem"], beside=9.6)}
+    advice = said(replace(half, cells=cells), replace(half, cells=cells))
+    assert advice.verdict == "leave"
+    assert "trunk is the slowest and works 40%" in advice.why
+    assert "event loop of stem 96%" in advice.why
+
+
 def test_with_a_profile_a_cut_is_moved_to_even_the_stages() -> None:
     # trunk's two layers take 4 + 4: one of them to the stem makes 1 + 1 + 4 and 4
     half = live(2.0, 8.0, 2.0)
@@ -188,9 +206,11 @@ def metrics(times: int, pipeline: str = "p", names: tuple[str, ...] = ("stem", "
         for _ in range(times):
             stage.batches.inc()
             stage.batch_size.observe(4)
-            stage.busy["compute"].inc(0.5)
-            stage.busy["encode"].inc(0.25)
-            stage.busy["produce"].inc(9.0)
+            stage.compute_time.observe(0.5)
+            stage.codec_time["decode"].observe(0.125)
+            stage.codec_time["encode"].observe(0.125)
+            stage.busy["decode"].inc(0.125 + 0.75)  # as much again by the decoders
+            stage.busy["produce"].inc(9.0)  # waiting for the broker is nobody's work
             stage.samples["ok"].inc(4)
             stage.sent_bytes.inc(100)
         stage.queue.set(7)
@@ -212,7 +232,8 @@ def test_two_looks_make_rates_and_replicas_are_summed() -> None:
     assert found.answered == 2 * 2 * 4
     cell = found.cells["stem"]
     assert (cell.samples, cell.batches) == (16, 4)
-    assert cell.seconds == pytest.approx(4 * 0.75)  # what the event loop did is not the device's
+    assert cell.seconds == pytest.approx(4 * 0.75)  # what the decoders did is not the device's
+    assert cell.beside == pytest.approx(4 * 0.75)
     assert cell.each == pytest.approx(3.0 / 16)
     assert (cell.queue, cell.bytes_out) == (14, 400)
     assert (found.lag, found.growth) == (2 * 3 * 15, 2 * 3 * 10)
