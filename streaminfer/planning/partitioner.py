@@ -40,7 +40,7 @@ LOOSENING = (
     4.0,
     float("inf"),
 )  # of the bound, until a partition is found
-SLACK = 1.02  # a plan this close to the best is as good: fewer devices and less latency decide
+SLACK = 1.005  # a plan this close to the best is as good: fewer devices and less latency decide
 EPSILON = 1e-9
 IMPOSSIBLE = -1e30  # stages a second
 

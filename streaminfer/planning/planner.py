@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -158,12 +158,16 @@ def _of_batch(
     if request.stages and request.stages not in counts:
         counts.append(request.stages)
     seen: set[object] = set()
-    limits: list[tuple[int | None, int | None]] = [(stages, None) for stages in counts]
-    for stages, devices in [*limits, (1, 1)]:
-        found = solve(problem, stages=stages, devices=devices)
+    for stages in counts:
+        found = solve(problem, stages=stages)
         if found and found.stages not in seen:
             seen.add(found.stages)
             yield _candidate(found, problem, request.pools, profile, request, batch)
+    for pool in request.pools:  # a device that has the machine for itself
+        one = (replace(pool, names=pool.names[:1]),)
+        problem = _problem(profile, request, one, batch)
+        if found := solve(problem, stages=1):
+            yield _candidate(found, problem, one, profile, request, batch)
     yield from _wide(profile, request, batch)
 
 
@@ -180,12 +184,14 @@ def _wide(profile: Profile, request: Request, batch: int) -> Iterator[Candidate]
 
 def _problem(profile: Profile, request: Request, pools: Sequence[Pool], batch: int) -> Problem:
     kinds = []
+    near = sum(len(pool.names) for pool in pools if pool.profile.device == "cpu") > 1
     for pool in pools:
         timing = pool.profile.timing(batch)
         if timing is None:
             raise ConfigError(f"{pool.profile.device} was not profiled at batch {batch}")
         fixed = request.machine.calls.seconds(batch)
-        kinds.append(Kind(len(pool.names), np.array(timing.seconds), pool.memory, fixed))
+        seconds = (timing.beside if near else ()) or timing.seconds
+        kinds.append(Kind(len(pool.names), np.array(seconds), pool.memory, fixed))
     rows = np.array(
         [profile.input_bytes, *(c.row_bytes for c in profile.cuts), profile.output_bytes]
     )

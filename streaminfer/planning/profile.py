@@ -86,7 +86,7 @@ class Timing(_Frozen):
     whole: float
     spread: float  # upper ÷ lower quartile of the whole model's repeats, minus 1
     single: tuple[tuple[float, ...], ...] = ()  # by node, of each pass that came after a pause
-    beside: tuple[float, ...] = ()  # by node, while another device computed; (): none did
+    beside: tuple[float, ...] = ()  # by node, while another device computed the other half
 
     def span(self, first: int, last: int) -> Timing:
         """Return the same of some of the nodes alone."""
@@ -118,7 +118,7 @@ class DeviceProfile(_Frozen):
 class Profile(_Frozen):
     """All that the planner and the simulator know of a model on these devices."""
 
-    version: Literal[4] = 4
+    version: Literal[5] = 5
     model: str
     key: str  # of the model's files, its arguments and torch: what the figures depend on
     nodes: tuple[NodeProfile, ...]

@@ -9,8 +9,9 @@ so that they sum to the time of the whole model without clocks in between:
 A CPU worker with one thread is timed by that thread's own CPU clock, which stands still while
 another program has the core. The wall clock tells whether one had.
 
-Some passes come after a pause, when caches hold other things, and some while another thread runs
-the same model, as the device of another stage will: both take longer, and not all nodes alike.
+Some passes come after a pause, when caches hold other things. In others two threads run a half of
+the model each, as the devices of two stages will: each has its own weights in its caches, and loses
+to what the other moves through those they share. Neither changes all nodes alike.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from streaminfer.parallel.pipeline import Cutter
-from streaminfer.parallel.program import Program, Values, dump, load
+from streaminfer.parallel.program import Values, dump, load
 from streaminfer.planning.profile import Timing, quartile
 
 __all__ = [
@@ -45,26 +48,35 @@ WARM = 2  # passes: a program's second one compiles it
 REPEATS = range(5, 26)
 SECONDS = 1.5  # of repeats per batch size, once there are enough of them
 PAUSES, PAUSE = 5, 0.01  # single passes, and the seconds before each
-BESIDE = 3  # passes beside another thread
+BESIDE = range(3, 31)  # passes of each half beside the other, in each of two rounds
 LONG = 1.0  # seconds of a pass, from which on one of each kind will do
 BUSY = 0.35  # upper ÷ lower quartile, minus 1: above it something else was running
 
 
 class Runner:
-    """The whole model as a worker runs it, whose nodes can be timed and looked at one by one."""
+    """Nodes of a model as a worker runs them, that can be timed and looked at one by one."""
 
-    def __init__(self, cutter: Cutter, device: torch.device) -> None:
-        (stage,) = cutter.split([])
-        self.nodes, self.device = cutter.captured.nodes, device
-        self._stage = stage
-        self.whole = self.again()
+    def __init__(
+        self, cutter: Cutter, device: torch.device, first: int = 0, last: int | None = None
+    ) -> None:
+        self.nodes, self.device = cutter.captured.nodes, device  # all of the model's
+        self._cutter = cutter
+        stage = cutter.stage(first, len(self.nodes) - 1 if last is None else last)
+        self.program = load(dump(stage), stage.weights, device)
         position = {node: i for i, node in enumerate(self.nodes)}
         self._name_here = {node.name: name for name, node in stage.origins.items()}
         self._position = {n: position[o] for n, o in stage.origins.items() if o in position}
 
-    def again(self) -> Program:
-        """Return the program once more, of the same weights, for another thread."""
-        return load(dump(self._stage), self._stage.weights, self.device)
+    def halves(self, seconds: Sequence[float]) -> tuple[Runner, Runner] | None:
+        """Cut where both sides take about as long; None: the model cannot be cut."""
+        spent = list(accumulate(seconds))
+        if not (legal := self._cutter.legal):
+            return None
+        cut = min(legal, key=lambda at: abs(spent[at] - spent[-1] / 2))
+        return (
+            Runner(self._cutter, self.device, 0, cut),
+            Runner(self._cutter, self.device, cut + 1),
+        )
 
     def run(
         self,
@@ -73,7 +85,7 @@ class Runner:
         clock: _Clock | None = None,
         watch: Callable[[int, Values], None] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Run all nodes; `clock` times each, `watch` sees the live values behind each position."""
+        """Run its nodes; `clock` times each, `watch` sees the live values behind each position."""
 
         def step(name: str, run: Callable[[], None], values: Values) -> None:
             at = self._position.get(name)  # None: a copy of an input, or the like
@@ -85,7 +97,7 @@ class Runner:
             if watch and at is not None:
                 watch(at, values)
 
-        return self.whole.stepped(inputs, step)
+        return self.program.stepped(inputs, step)
 
     def here(self, node: fx.Node) -> str:
         """Return the name of a node's value in this run."""
@@ -138,20 +150,40 @@ def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
         runner: the model on the device.
         inputs: on the device; dimension 0 is the batch.
     """
+    for _ in range(WARM):
+        runner.program(*inputs)
+        runner.run(inputs)
+    found = _by_turns(runner, inputs)
+    return Timing(
+        batch=len(inputs[0]),
+        seconds=tuple(found.seconds),
+        whole=found.whole,
+        spread=found.spread,
+        single=_single(runner, inputs, found.scale, PAUSES if found.whole < LONG else 1),
+        beside=_beside(runner, inputs, found.seconds),
+    )
+
+
+class _Turns(NamedTuple):
+    seconds: list[float]  # by node
+    whole: float
+    spread: float
+    scale: float  # whole ÷ the nodes under a clock each
+
+
+def _by_turns(runner: Runner, inputs: Sequence[torch.Tensor]) -> _Turns:
+    """Time the nodes and all of them together, by turns."""
     now = _time_of(runner.device)
     clock = _Clock(len(runner.nodes), runner.device, now)
     totals: list[float] = []
     walls: list[float] = []
-    for _ in range(WARM):
-        runner.whole(*inputs)
-        runner.run(inputs)
     began = time.perf_counter()
     while len(totals) < REPEATS.start or (
-        len(totals) < REPEATS.stop and time.perf_counter() - began < SECONDS
+        len(totals) < REPEATS.stop - 1 and time.perf_counter() - began < SECONDS
     ):
         synchronize(runner.device)
         start, wall = now(), time.perf_counter()
-        runner.whole(*inputs)
+        runner.program(*inputs)
         synchronize(runner.device)
         totals.append(now() - start)
         walls.append(time.perf_counter() - wall)
@@ -161,14 +193,8 @@ def measure(runner: Runner, inputs: Sequence[torch.Tensor]) -> Timing:
     nodes = [quartile(seconds, 0.25) if seconds else 0.0 for seconds in clock.seconds]
     low = quartile(totals, 0.25)
     scale = low / max(sum(nodes), 1e-12)
-    return Timing(
-        batch=len(inputs[0]),
-        seconds=tuple(t * scale for t in nodes),
-        whole=low,
-        spread=quartile(walls, 0.75) / quartile(walls, 0.25) - 1,
-        single=_single(runner, inputs, scale, PAUSES if low < LONG else 1),
-        beside=_beside(runner, inputs, scale, BESIDE if low < LONG else 1),
-    )
+    spread = quartile(walls, 0.75) / quartile(walls, 0.25) - 1
+    return _Turns([t * scale for t in nodes], low, spread, scale)
 
 
 def _time_of(device: torch.device) -> Callable[[], float]:
@@ -192,34 +218,98 @@ def _single(
 
 
 def _beside(
-    runner: Runner, inputs: Sequence[torch.Tensor], scale: float, passes: int
+    runner: Runner, inputs: Sequence[torch.Tensor], seconds: Sequence[float]
 ) -> tuple[float, ...]:
-    """Time the nodes while another thread runs the model; () if there is no core for it."""
+    """Time the nodes while two threads run a half of the model each, over and over.
+
+    Returns:
+        Seconds by node; () if there are no cores for two, or the model cannot be cut.
+    """
     threads = torch.get_num_threads()
     if runner.device.type != "cpu" or cores() < 2 * threads:
         return ()
-    other, stop, warm = runner.again(), threading.Event(), threading.Event()
+    if (halves := runner.halves(seconds)) is None:
+        return ()
+    between = [value.contiguous() for value in halves[0].program(*inputs)]
+    pair = (_Half(halves[0], inputs), _Half(halves[1], between))
+    for where in _places()[: 1 if sum(seconds) >= LONG else None]:
+        _side_by_side(pair, where, threads)
+    one, other = (half.nodes() for half in pair)
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
-    def work() -> None:
+
+def _places() -> Sequence[tuple[set[int], set[int]]]:
+    """Return the cores of both halves, round by round; two cores need not be alike: by turns."""
+    every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(every) == 2:
+        return [({every[0]}, {every[1]}), ({every[1]}, {every[0]})]
+    return [(set(), set())] * 2  # where the kernel puts them
+
+
+def _side_by_side(
+    pair: tuple[_Half, _Half], where: tuple[set[int], set[int]], threads: int
+) -> None:
+    start = threading.Barrier(2)
+
+    def work(half: _Half, other: _Half, cores: set[int]) -> None:
         torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread, which ends soon
         try:
-            while not stop.is_set():
-                other(*inputs)
-                warm.set()
+            half.warm()
+            start.wait()
+            half.measure(other)
+            start.wait()
+            half.look()
+        except threading.BrokenBarrierError:
+            pass  # the other one failed, and says why
         finally:
-            warm.set()
+            half.ended = True
+            start.abort()  # who still waits would do so for ever
 
-    clock = _Clock(len(runner.nodes), runner.device, _time_of(runner.device))
-    thread = threading.Thread(target=work, name="beside")
-    thread.start()
-    try:
-        warm.wait()
-        for _ in range(passes):
-            runner.run(inputs, clock=clock)
-    finally:
-        stop.set()
-        thread.join()
-    return tuple(scale * statistics.median(s) if s else 0.0 for s in clock.seconds)
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as pool:
+        for done in [pool.submit(work, *one) for one in zip(pair, pair[::-1], where, strict=True)]:
+            done.result()
+
+
+class _Half:
+    """One of two that run side by side, each in its thread."""
+
+    def __init__(self, runner: Runner, inputs: Sequence[torch.Tensor]) -> None:
+        self._runner, self._inputs = runner, inputs
+        self._now = _time_of(runner.device)
+        self._totals: list[float] = []  # a round's median each
+        self._clock = _Clock(len(runner.nodes), runner.device, self._now)
+        self.ended = False
+
+    def warm(self) -> None:
+        self.ended = False
+        for _ in range(1 if self._totals else WARM):
+            self._runner.program(*self._inputs)
+            self._runner.run(self._inputs)
+
+    def measure(self, other: _Half) -> None:
+        """Time passes without clocks in between, for as long as the other does."""
+        totals: list[float] = []
+        began = time.perf_counter()
+        while not (self.ended and other.ended):
+            start = self._now()
+            self._runner.program(*self._inputs)
+            totals.append(self._now() - start)
+            count, span = len(totals), time.perf_counter() - began
+            self.ended = count >= BESIDE.start and (count >= BESIDE.stop - 1 or span >= SECONDS / 3)
+        self._totals.append(statistics.median(totals))
+
+    def look(self) -> None:
+        """Time the nodes of a few passes."""
+        for _ in range(BESIDE.start):
+            self._runner.run(self._inputs, clock=self._clock)
+
+    def nodes(self) -> list[float]:
+        """Divide what a pass took among the nodes."""
+        nodes = [statistics.median(seconds) if seconds else 0.0 for seconds in self._clock.seconds]
+        scale = statistics.fmean(self._totals) / max(sum(nodes), 1e-12)
+        return [scale * node for node in nodes]
 
 
 @contextmanager

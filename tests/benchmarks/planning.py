@@ -44,8 +44,9 @@ WINS = "planned_vs_equal_wins"
 BRUTE = "planner_vs_brute_force"
 TIME = "plan_time"
 ROUNDS = 9
-BATCHES = 14  # micro-batches a round, of which the first are not counted
+BATCHES = 44  # micro-batches a round, of which the first are not counted
 FILL = 4
+QUEUE = Link(name="queue", alpha=0.0, per_byte=0.0, source="hands a tensor over as it is")
 MEMORY = Link(name="memory", alpha=6e-4, per_byte=1e-9, source="typical")
 ONE = Place(("cpu",), "benchmark", 1)
 
@@ -76,7 +77,7 @@ def _compare(name: str, batch: int) -> tuple[float, str]:
     captured = _captured(name)
     found = profile(captured, [ONE], batches=(batch,), cached=False)
     pool = Pool(found.devices[0], ("cpu", "cpu"), 64e9)
-    answer = plan(found, Request((pool,), MEMORY, Machine(2), stages=2))
+    answer = plan(found, Request((pool,), QUEUE, Machine(2), stages=2))
     cuts = {"planned": answer.best.stages[0].last, "equal": _equal_cut(captured)}
     names = {p: next(c.layer for c in found.cuts if c.position == p) for p in cuts.values()}
     places = ", ".join(f"{kind} behind {names[at]}" for kind, at in cuts.items())
@@ -155,8 +156,8 @@ async def brute(goals: Mapping[str, str | None]) -> list[Row]:
     worst, told = 0.0, []
     for name, batch in MODELS.items():
         found = profile(_captured(name), [ONE], batches=(batch,), cached=False)
-        problem = _problem(found, batch)
         for stages in (2, 3):
+            problem = _problem(found, batch, stages)
             answer = solve(problem, stages=stages)
             assert answer is not None
             ratio = answer.bottleneck / _try_all(problem, stages)
@@ -166,11 +167,11 @@ async def brute(goals: Mapping[str, str | None]) -> list[Row]:
     return [Row(BRUTE, float(worst), "x", goals[BRUTE], note)]
 
 
-def _problem(found: Profile, batch: int) -> Problem:
+def _problem(found: Profile, batch: int, devices: int) -> Problem:
     timing = found.devices[0].timings[0]
     half = np.array([0, *(MEMORY.seconds(batch * c.row_bytes) / 2 for c in found.cuts), 0.0])
     return Problem(
-        kinds=(Kind(1, np.array(timing.seconds)),) * 3,
+        kinds=(Kind(1, np.array(timing.seconds)),) * devices,
         ends=np.array([-1, *(c.position for c in found.cuts), len(found.nodes) - 1]),
         receive=half,
         send=half,

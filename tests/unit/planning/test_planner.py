@@ -104,6 +104,25 @@ def test_shared_cores_bound_what_more_workers_can_do() -> None:
     assert any("keep its 2 cores busy" in line for line in answer.why)
 
 
+def test_stages_are_balanced_as_they_run_side_by_side() -> None:
+    """Else the one that loses more to its neighbour's use of the caches holds up the other."""
+    alone = made([10, 2, 2, 10])
+    assert plan(alone, request(alone, TWO, stages=2)).best.stages[0].until == "b"
+    (device,) = alone.devices
+    (timing,) = device.timings
+    slower = timing.model_copy(update={"beside": (0.010, 0.002, 0.002, 0.014)})
+    near = alone.model_copy(update={"devices": (device.model_copy(update={"timings": (slower,)}),)})
+    best = plan(near, request(near, TWO, stages=2)).best
+    assert best.stages[0].until == "c"
+    assert [stage.compute for stage in best.stages] == pytest.approx([0.014, 0.014])
+    # a device without a neighbour is what it is
+    single = plan(near, request(near, ("cpu",))).best
+    assert single.stages[0].compute == pytest.approx(0.024)
+    with_others = plan(near, request(near, TWO))
+    one = next(c for c in (with_others.best, *with_others.others) if c.form == "one device")
+    assert one.stages[0].compute == pytest.approx(0.024)
+
+
 def test_unequal_devices_both_work_in_proportion_to_their_speed() -> None:
     profile = made([10, 10, 10, 10], devices=(("cpu", 1.0), ("cuda:0", 3.0)))
     answer = plan(profile, request(profile, ("cpu",), ("cuda:0",), stages=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,56 @@ def test_cold_calls_and_calls_beside_others_are_profiled(captured: Captured) -> 
         assert all(len(nodes) == len(found.nodes) for nodes in one.single)
         assert min(map(sum, one.single)) > 0
         assert len(one.beside) == (len(found.nodes) if cores() > 1 else 0)
+        assert min(one.beside, default=0.0) >= 0.0
+        if one.beside:  # both halves were timed, and together they are the model
+            assert 0.3 < sum(one.beside) / one.whole < 3.0
+            assert all(bool(a) == bool(b) for a, b in zip(one.beside, one.seconds, strict=True))
         part = one.span(1, 2)
         assert part.seconds == one.seconds[1:3]
         assert part.single == tuple(nodes[1:3] for nodes in one.single)
+
+
+def test_two_halves_of_a_model_are_the_model(captured: Captured) -> None:
+    whole = Runner(captured.cutter, torch.device("cpu"))
+    halves = whole.halves([1.0] * (len(whole.nodes) - 1) + [float(len(whole.nodes))])
+    assert halves is not None
+    rows = torch.randn(2, 3, 16, 16)
+    first, second = halves
+    between = first.run([rows])
+    assert len(between) == 1
+    assert torch.equal(second.run(between)[0], whole.run([rows])[0])
+    seen: dict[Runner, list[int]] = {first: [], second: []}
+    first.run([rows], watch=lambda at, _: seen[first].append(at))
+    second.run(between, watch=lambda at, _: seen[second].append(at))
+    assert seen[second][0] == seen[first][-1] + 1  # each times its own nodes of the model
+    assert len(seen[second]) == 1  # the last one takes as long as all the others
+    assert [*seen[first], *seen[second]] == list(range(len(whole.nodes)))
+
+
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_half_that_fails_ends_both(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """Else the other one computes for ever."""
+    halve = Runner.halves
+
+    def halves(self: Runner, seconds: Sequence[float]) -> tuple[Runner, Runner] | None:
+        found = halve(self, seconds)
+        assert found is not None
+        program, calls = found[broken].program, count()
+
+        class Failing:
+            stepped = program.stepped
+
+            def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                if next(calls) < 5:
+                    return program(*inputs)
+                raise RuntimeError("no memory for this one")
+
+        monkeypatch.setattr(found[broken], "program", Failing())
+        return found
+
+    monkeypatch.setattr(Runner, "halves", halves)
+    with pytest.raises(RuntimeError, match="no memory for this one"):
+        profile(captured, [CPU], batches=(1,), cached=False)
