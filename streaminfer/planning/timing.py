@@ -48,7 +48,7 @@ WARM = 2  # passes: a program's second one compiles it
 REPEATS = range(5, 26)
 SECONDS = 1.5  # of repeats per batch size, once there are enough of them
 PAUSES, PAUSE = 5, 0.01  # single passes, and the seconds before each
-BESIDE = range(3, 31)  # passes of each half beside the other, in each of two rounds
+BESIDE, NEAR = 3, 0.3  # passes of each half beside the other, and seconds, in each of two rounds
 LONG = 1.0  # seconds of a pass, from which on one of each kind will do
 BUSY = 0.35  # upper ÷ lower quartile, minus 1: above it something else was running
 
@@ -179,7 +179,7 @@ def _by_turns(runner: Runner, inputs: Sequence[torch.Tensor]) -> _Turns:
     walls: list[float] = []
     began = time.perf_counter()
     while len(totals) < REPEATS.start or (
-        len(totals) < REPEATS.stop - 1 and time.perf_counter() - began < SECONDS
+        len(totals) < REPEATS.stop and time.perf_counter() - began < SECONDS
     ):
         synchronize(runner.device)
         start, wall = now(), time.perf_counter()
@@ -296,13 +296,12 @@ class _Half:
             start = self._now()
             self._runner.program(*self._inputs)
             totals.append(self._now() - start)
-            count, span = len(totals), time.perf_counter() - began
-            self.ended = count >= BESIDE.start and (count >= BESIDE.stop - 1 or span >= SECONDS / 3)
+            self.ended = len(totals) >= BESIDE and time.perf_counter() - began >= NEAR
         self._totals.append(statistics.median(totals))
 
     def look(self) -> None:
         """Time the nodes of a few passes."""
-        for _ in range(BESIDE.start):
+        for _ in range(BESIDE):
             self._runner.run(self._inputs, clock=self._clock)
 
     def nodes(self) -> list[float]:

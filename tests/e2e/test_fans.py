@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -49,11 +49,11 @@ async def running(file: Path, address: str) -> AsyncIterator[tuple[Run, Client]]
         assert await run.stop() == 0, run.text
 
 
-async def pid(run: Run, stage: str) -> int:
-    """Return a worker's process, once there is one."""
-    while stage not in (children := run.children()):  # noqa: ASYNC110 - comes back
+async def pid(run: Run, stage: str, *, but: Collection[int] = ()) -> int:
+    """Return a worker's process, once there is one that is not among `but`."""
+    while (found := run.children().get(stage)) is None or found in but:  # noqa: ASYNC110 - comes back
         await asyncio.sleep(0.05)
-    return children[stage]
+    return found
 
 
 @pytest.mark.kafka
@@ -70,10 +70,13 @@ async def test_who_cuts_computes_or_joins_parts_may_be_killed(
         seen = Counter[str]()
 
         async def killer() -> None:
+            killed = set[int]()
             for k in range(3 * len(victims)):  # each three times; answers go on once it is back
                 while seen.total() < 200 + 350 * k:  # noqa: ASYNC110 - another task counts
                     await asyncio.sleep(0.005)
-                os.kill(await pid(run, victims[k // 3]), signal.SIGKILL)
+                # what was behind it may be answered before anyone sees that it is gone
+                killed.add(victim := await pid(run, victims[k // 3], but=killed))
+                os.kill(victim, signal.SIGKILL)
 
         killing = asyncio.create_task(killer())
         named = ((name, value) for name, _, value in images)

@@ -147,7 +147,6 @@ def test_cold_calls_and_calls_beside_others_are_profiled(captured: Captured) -> 
         assert len(one.beside) == (len(found.nodes) if cores() > 1 else 0)
         assert min(one.beside, default=0.0) >= 0.0
         if one.beside:  # both halves were timed, and together they are the model
-            assert 0.3 < sum(one.beside) / one.whole < 3.0
             assert all(bool(a) == bool(b) for a, b in zip(one.beside, one.seconds, strict=True))
         part = one.span(1, 2)
         assert part.seconds == one.seconds[1:3]
