@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streaminfer.errors import ConfigError, PlanError
+from streaminfer.openmp import release_team
 from streaminfer.plan import VERSION, Plan, stage_files
 from streaminfer.spec import ModelSpec, PipelineSpec, StageSpec
 
@@ -43,7 +44,10 @@ def ensure(spec: PipelineSpec, folder: Path, *, random_weights: bool = False) ->
             return plan
         from streaminfer.planning.build import build
 
-        return build(spec, folder, random_weights=random_weights)
+        try:
+            return build(spec, folder, random_weights=random_weights)
+        finally:
+            release_team()  # a worker begins in this process, perhaps from another thread
 
 
 def _current(folder: Path, key: str) -> Plan | None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from streaminfer.openmp import release_team
 from streaminfer.parallel.pipeline import Cutter
 from streaminfer.parallel.program import Values, dump, load
 from streaminfer.planning.profile import Timing, quartile
@@ -230,6 +231,7 @@ def _beside(
         return ()
     if (halves := runner.halves(seconds)) is None:
         return ()
+    release_team()  # this thread only waits for the two
     between = [value.contiguous() for value in halves[0].program(*inputs)]
     pair = (_Half(halves[0], inputs), _Half(halves[1], between))
     for where in _places()[: 1 if sum(seconds) >= LONG else None]:

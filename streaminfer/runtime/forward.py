@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from streaminfer.metrics import StageMetrics
+from streaminfer.openmp import release_team
 from streaminfer.runtime.device import Device, Done, Stage
 from streaminfer.runtime.rows import select
 from streaminfer.runtime.steps import Item, Plain, Result, Settled
@@ -72,6 +73,7 @@ class Forward(Plain):
 
     async def start(self) -> None:
         """Load the stage's own weights and run batches of zeros through it."""
+        release_team()  # this thread may have computed before, and won't any more
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._device.warm)
         self._batcher = asyncio.create_task(self._batch(), name=f"batch {self._stage.plan.name}")
