@@ -9,9 +9,10 @@ import asyncio
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,7 +42,8 @@ __all__ = ["time_decode", "time_stages"]
 
 GROUPS = 7  # of calls, of which the median counts
 LEAST = 0.012  # seconds of one group
-PAIRS, BESIDE = 3, 3  # times that calls are timed alone and beside others, so many each
+PAIRS, BESIDE = 5, 3  # times that calls are timed alone and beside others, so many each
+NEAR = 0.05  # seconds of them at least
 
 
 def time_decode(source: InputSpec, inputs: Sequence[Input]) -> float:
@@ -73,6 +75,7 @@ async def time_stages(
     last = plan.stages[-1].name
     found: dict[str, StageTimes] = {}
     made: dict[str, Envelope] = {}  # what each cell gives for its largest batch
+    loads: dict[str, _Load] = {}
     for stage in plan.stages:
         role, most = roles[stage.name], spec.batch_of(stage.path).max
         devices = [role.device(stage.name, replica) for replica in range(role.replicas)]
@@ -88,8 +91,8 @@ async def time_stages(
             dict(zip(sizes, first, strict=True)),
             dict(zip(sizes, single, strict=True)),
             takes(rows[devices[0]][-1].steps, first=not stage.sources, last=stage.name == last),
-            await bench.beside(devices[0], feed[-1]),
         )
+        loads[stage.name] = _Load(bench, devices[0], feed[-1], middle / most)
         made[stage.name] = await bench.output(devices[0], feed[-1])
         found[stage.name] = replace(
             calls,
@@ -97,7 +100,54 @@ async def time_stages(
             speeds=tuple(first[-1] / times[device][-1] for device in devices),
             ratio=_ratio(made[stage.name]),
         )
+    for name, load in loads.items():
+        near = load if roles[name].replicas > 1 else _neighbour(name, loads)
+        found[name] = replace(found[name], beside=await _beside(load, near))
     return found
+
+
+class _Load(NamedTuple):
+    """A cell, and the largest batch that it computes."""
+
+    bench: _Bench
+    device: str
+    envelope: Envelope
+    each: float  # seconds of a sample
+
+
+def _neighbour(name: str, loads: Mapping[str, _Load]) -> _Load:
+    """Return the CPU's cell that will most often compute beside this one; itself if there is none.
+
+    What a stage loses to another one's use of their caches depends on both: a copy of it would
+    have weights of its own, which they do not have room for.
+    """
+    others = [load for other, load in loads.items() if other != name and load.device == "cpu"]
+    return max(others, key=lambda load: load.each, default=loads[name])
+
+
+async def _beside(mine: _Load, near: _Load) -> float:
+    """Return how much longer a call takes while another device computes."""
+    threads = max(mine.bench.threads(), near.bench.threads())
+    if mine.device != "cpu" or near.device != "cpu" or cores() < 2 * threads:
+        return 1.0
+    ratios = []
+    one, other = mine.bench.running(mine.device), near.bench.running(near.device)
+    async with one as (first, clock), other as (second, _):
+        item, theirs = Item((), mine.envelope), Item((), near.envelope)
+        await asyncio.gather(_calls(first, item, 2), _calls(second, theirs, 2))
+        began = clock()
+        await _calls(first, item, BESIDE)
+        count = max(BESIDE, round(BESIDE * NEAR / max(1e-6, clock() - began)))
+        for _ in range(PAIRS):
+            began = clock()
+            await _calls(first, item, count)
+            alone, began = clock() - began, clock()
+            busy = asyncio.create_task(_calls(second, theirs))
+            await _calls(first, item, count)
+            ratios.append((clock() - began) / alone)
+            busy.cancel()
+            await asyncio.gather(busy, return_exceptions=True)
+    return statistics.median(ratios)
 
 
 def _ratio(envelope: Envelope) -> float:
@@ -144,36 +194,17 @@ class _Bench:
 
     async def timed(self, device: str, feed: Sequence[Envelope]) -> list[_Timed]:
         """Return the seconds of a call for each envelope."""
-        async with self._running(self.plan, device) as (step, metrics):
-            clock = _clock(self.stage.name, self._threads(), device, metrics)
+        async with self.running(device) as (step, clock):
             return [await _timed(step, envelope, clock) for envelope in feed]
 
-    async def beside(self, device: str, envelope: Envelope) -> float:
-        """Return how much longer a call takes while another device computes the same."""
-        if device != "cpu" or cores() < 2 * self._threads():
-            return 1.0
-        item, ratios = Item((), envelope), []
-        one, other = (self._running(self.plan, device) for _ in range(2))
-        async with one as (first, metrics), other as (second, _):
-            clock = _clock(self.stage.name, self._threads(), device, metrics)
-            await asyncio.gather(first([item]), second([item]))
-            for _ in range(PAIRS):
-                took = []
-                for pair in ([first], [first, second]):
-                    began = clock()
-                    await asyncio.gather(*(_calls(step, item, BESIDE) for step in pair))
-                    took.append(clock() - began)
-                ratios.append(took[1] / took[0])
-        return statistics.median(ratios)
-
-    def _threads(self) -> int:
+    def threads(self) -> int:
         return self.spec.stage(self.stage.path).threads or share(self.spec, self.plan)
 
     async def output(self, device: str, envelope: Envelope) -> Envelope:
         """Return what comes out, of all rows: none leaves at an exit."""
         stages = tuple(s.model_copy(update={"exit": None}) for s in self.plan.stages)
         whole = self.plan.model_copy(update={"stages": stages})
-        async with self._running(whole, device) as (step, _):
+        async with self.running(device, whole) as (step, _):
             result = await step([Item((), envelope)])
         if not result.outputs:
             failure = result.outcomes[0].samples[0].failure
@@ -182,12 +213,17 @@ class _Bench:
         return _plain(result.outputs[0])
 
     @asynccontextmanager
-    async def _running(self, plan: Plan, device: str) -> AsyncIterator[tuple[Forward, Metrics]]:
-        metrics, name = Metrics(plan.pipeline), self.stage.name
+    async def running(
+        self, device: str, plan: Plan | None = None
+    ) -> AsyncIterator[tuple[Forward, Callable[[], float]]]:
+        """Give the cell, started, and the clock of its device's work."""
+        plan, name = plan or self.plan, self.stage.name
+        metrics = Metrics(plan.pipeline)
+        before = {thread.ident for thread in threading.enumerate()}
         step = forward(self.spec, plan, self.folder, name, metrics.stage(name), device=device)
         await step.start()
         try:
-            yield step, metrics
+            yield step, _clock(self.stage.name, self.threads(), device, metrics, before)
         finally:
             await step.stop()
 
@@ -212,8 +248,8 @@ def _powers(most: int) -> list[int]:
     return [1 << k for k in range(most.bit_length())]
 
 
-async def _calls(step: Forward, item: Item, count: int) -> None:
-    for _ in range(count):
+async def _calls(step: Forward, item: Item, count: int | None = None) -> None:
+    for _ in range(count) if count else repeat(None):
         await step([item])
 
 
@@ -244,15 +280,18 @@ async def _timed(step: Forward, envelope: Envelope, clock: Callable[[], float]) 
     return _Timed(warm, cold, step.steps)
 
 
-def _clock(stage: str, threads: int, device: str, metrics: Metrics) -> Callable[[], float]:
-    """Return the clock of a device's work.
+def _clock(
+    stage: str, threads: int, device: str, metrics: Metrics, before: Collection[int | None]
+) -> Callable[[], float]:
+    """Return the clock of a device's work, whose thread is none of those that were `before`.
 
     Its thread's CPU time where one CPU thread does all of it: nobody else's load is in that.
     Otherwise the seconds that its metrics count.
     """
     if threads == 1 and device == "cpu" and hasattr(time, "pthread_getcpuclockid"):
         for thread in threading.enumerate():
-            if thread.name.startswith(f"device-{stage}") and thread.ident is not None:
+            ours = thread.name.startswith(f"device-{stage}") and thread.ident not in before
+            if ours and thread.ident is not None:
                 clock = time.pthread_getcpuclockid(thread.ident)
                 return lambda: time.clock_gettime(clock)
     return lambda: sum(device_seconds(metrics).values())
