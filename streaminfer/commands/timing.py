@@ -223,7 +223,7 @@ class _Bench:
         step = forward(self.spec, plan, self.folder, name, metrics.stage(name), device=device)
         await step.start()
         try:
-            yield step, _clock(self.stage.name, self.threads(), device, metrics, before)
+            yield step, _clock(name, self.threads(), device, metrics, before)
         finally:
             await step.stop()
 

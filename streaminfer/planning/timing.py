@@ -231,8 +231,8 @@ def _beside(
         return ()
     if (halves := runner.halves(seconds)) is None:
         return ()
-    release_team()  # this thread only waits for the two
     between = [value.contiguous() for value in halves[0].program(*inputs)]
+    release_team()  # this thread only waits for the two
     pair = (_Half(halves[0], inputs), _Half(halves[1], between))
     for where in _places()[: 1 if sum(seconds) >= LONG else None]:
         _side_by_side(pair, where, threads)
