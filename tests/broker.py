@@ -148,6 +148,9 @@ class Broker:
         """Stop it with SIGSTOP: connections stay open, nothing answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # on a busy machine its last thread could answer once more
+        _, status = os.waitpid(self._process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
 
     def thaw(self) -> None:
         """Let it go on after freeze()."""
