@@ -118,7 +118,7 @@ class DeviceProfile(_Frozen):
 class Profile(_Frozen):
     """All that the planner and the simulator know of a model on these devices."""
 
-    version: Literal[5] = 5
+    version: Literal[6] = 6
     model: str
     key: str  # of the model's files, its arguments and torch: what the figures depend on
     nodes: tuple[NodeProfile, ...]

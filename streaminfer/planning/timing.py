@@ -265,9 +265,10 @@ def _side_by_side(
             half.look()
         except threading.BrokenBarrierError:
             pass  # the other one failed, and says why
-        finally:
+        except BaseException:  # only then: an abort also stops who has not yet left a full barrier
             half.ended = True
-            start.abort()  # who still waits would do so for ever
+            start.abort()
+            raise
 
     with ThreadPoolExecutor(2, thread_name_prefix="beside") as pool:
         for done in [pool.submit(work, *one) for one in zip(pair, pair[::-1], where, strict=True)]:

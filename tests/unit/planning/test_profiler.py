@@ -17,7 +17,7 @@ from streaminfer.planning import profiler
 from streaminfer.planning.profile import Profile
 from streaminfer.planning.profiler import Captured, Place, capture_model, places, profile
 from streaminfer.planning.subject import subject
-from streaminfer.planning.timing import Runner, cores
+from streaminfer.planning.timing import Runner, _Half, _side_by_side, cores
 from tests.models import MODELS, make
 from tests.unit.planning.profiles import made
 
@@ -168,6 +168,28 @@ def test_two_halves_of_a_model_are_the_model(captured: Captured) -> None:
     assert seen[second][0] == seen[first][-1] + 1  # each times its own nodes of the model
     assert len(seen[second]) == 1  # the last one takes as long as all the others
     assert [*seen[first], *seen[second]] == list(range(len(whole.nodes)))
+
+
+def test_a_half_is_looked_at_however_soon_the_other_has_ended() -> None:
+    """Else its nodes take no time, and a plan gives one stage nearly all of the model."""
+    looks = [0, 0]
+
+    class Quick(_Half):
+        def __init__(self, index: int) -> None:
+            self.index, self.ended = index, False
+
+        def warm(self) -> None:
+            pass
+
+        def measure(self, other: _Half) -> None:
+            pass
+
+        def look(self) -> None:
+            looks[self.index] += 1
+
+    for _ in range(2000):
+        _side_by_side((Quick(0), Quick(1)), (set(), set()), 1)
+    assert looks == [2000, 2000]
 
 
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
