@@ -21,13 +21,12 @@ SWITCH = 0.005  # seconds after which CPython takes the lock from who has it
 WAKES = 60e-6  # seconds until a thread that waits for the lock runs, if nobody took it again
 HANDED = 100e-6  # seconds from there to where the next one that waits has it
 TICK = 0.004  # between two times at which the kernel looks who has a core (CONFIG_HZ=250)
-SLICE = 0.0014  # seconds that a core is nobody else's (base_slice of two cores)
 HOT = 0.0005  # seconds for which a thread that was put off stays where its caches are
 PATIENCE = 2  # ticks of an empty core that finds none but those; then it takes one
 # a thread that another wakes, counted in 10 s of the kernel's scheduler, 25,000 wakes, two cores:
 PULLED = 0.28  # to the waker's core, though its own is empty
 SPREAD = 0.24  # to an empty core, though its own is the waker's; to each of several
-PREEMPTS = 0.5  # on a core that somebody has: at once, however long that one has had it
+PREEMPTS = 0.5  # on a core that somebody has: at once
 MOVES = 0.04  # until the kernel evens out cores: measured 30 to 60 ms, three threads on two
 
 
@@ -36,7 +35,7 @@ class Work(NamedTuple):
 
     Attributes:
         seconds: on a core of its own.
-        threads: cores that it keeps busy.
+        threads: cores that it keeps busy; without one of them it stands still.
         locked: 0-1: of the seconds, with the interpreter's lock.
         stretch: seconds between two times that it takes the lock; inf: it never does; None: the
             loop, which keeps it.
@@ -76,57 +75,52 @@ class _Task:
         """Return how many of its threads have their core."""
         return sum(core.queue[0] is self for core in self.homes)
 
+    def pace(self) -> float:
+        """Return 0-1: how fast its threads go, that wait for each other behind every operator.
+
+        Those of two tasks have the cores by turns.
+        """
+        others = [core.queue[0].work for core in self.homes if core.queue[0] is not self]
+        if any(other.threads == 1 for other in others) and self.work.threads > 1:
+            return 0.0
+        return self.runs / self.work.threads
+
 
 class _Core:
     """A core: who has it, and who waits for it."""
 
-    __slots__ = ("queue", "since")
+    __slots__ = ("queue",)
 
     def __init__(self) -> None:
         self.queue: list[_Task] = []
-        self.since = 0.0  # when the first one got it
 
-    def add(
-        self, task: _Task, now: float, since: float | None = None, *, at_once: bool | None = None
-    ) -> None:
-        """Let it wake here and have the core `at_once`; None: if nobody's slice is in the way.
-
-        `since`: it goes on with a slice that began then.
-        """
+    def add(self, task: _Task, now: float, *, at_once: bool) -> None:
+        """Let it have the core at once, or wait for its turn."""
         task.homes.append(self)
-        if at_once is None:
-            at_once = now - self.since >= SLICE
-        if self.queue and since is None and not at_once:
+        if self.queue and not at_once:
             task.off = now
             self.queue.append(task)
             return
         if self.queue:
             self.queue[0].off = now
         self.queue.insert(0, task)
-        self.since = now if since is None else since
 
-    def remove(self, task: _Task, now: float) -> None:
-        if self.queue[0] is task:
-            self.since = now
+    def remove(self, task: _Task) -> None:
         self.queue.remove(task)
         task.homes.remove(self)
 
     def turn(self, now: float) -> None:
         """Give it to the next one, at a tick."""
-        if len(self.queue) > 1 and now - self.since >= SLICE:
+        if len(self.queue) > 1:
             self.queue[0].off = now
             self.queue.append(self.queue.pop(0))
-            self.since = now
 
 
 class _Asleep(NamedTuple):
-    """A thread that has nothing to do: where it was, and since when.
-
-    `since`: when it got the core that it had; None: that is another's now.
-    """
+    """A thread that has nothing to do: where it was, whether it ran there, and since when."""
 
     homes: Sequence[_Core]
-    since: float | None
+    ran: bool
     when: float
 
 
@@ -134,11 +128,11 @@ class Cores:
     """Cores and the interpreter's lock, shared by all that runs.
 
     A thread runs on one core, as the kernel has it. A timer wakes it on the core that it was on: an
-    empty core of a virtual machine has stopped, and the kernel does not take it for idle. So it has
-    its core at once, or takes it from who has had it for a SLICE, or waits. Whom a thread wakes may
-    come to where that one runs. At every tick the next one has its turn, and an empty core takes
-    one that waits, unless all of them ran a moment ago. Three threads on two cores stay uneven
-    until the kernel moves one, after MOVES seconds on the average:
+    empty core of a virtual machine has stopped, and the kernel does not take it for idle. There it
+    has slept while others ran, so it goes first, and who had the core waits. Whom a thread wakes
+    may come to where that one runs. At every tick the next one has its turn, and an empty core
+    takes one that waits, unless all of them ran a moment ago. Three threads on two cores stay
+    uneven until the kernel moves one, after MOVES seconds on the average:
 
         core 0   a███████████████████████        a has a core, b and c have turns on the other
         core 1   b████c████b████c████b███        |    |    |    | ticks
@@ -307,23 +301,22 @@ class Cores:
     def _sleep(self, task: _Task) -> None:
         now, homes = self._clock.now, tuple(task.homes)
         if task.work.thread is not None:
-            since = homes[0].since if homes[0].queue[0] is task else None
-            self._asleep[task.work.thread] = _Asleep(homes, since, now)
+            self._asleep[task.work.thread] = _Asleep(homes, homes[0].queue[0] is task, now)
         for core in homes:
-            core.remove(task, now)
+            core.remove(task)
 
     def _wake(self, task: _Task) -> None:
         """Put each of its threads where it was; those that are new, where it is emptiest."""
         now, was = self._clock.now, self._asleep.get(task.work.thread)
         for k in range(min(task.work.threads, len(self._cores))):
+            at_once = not task.woken or self._dice.random() < PREEMPTS
             if not was or k >= len(was.homes):
                 core = min(self._cores, key=lambda core: len(core.queue))
             elif was.when == now:
-                was.homes[k].add(task, now, was.since, at_once=False)
-                continue
+                core, at_once = was.homes[k], was.ran
             else:
                 core = self._drawn(was.homes[k]) if task.woken else was.homes[k]
-            core.add(task, now, at_once=self._dice.random() < PREEMPTS if task.woken else None)
+            core.add(task, now, at_once=at_once)
 
     def _drawn(self, home: _Core) -> _Core:
         """Return where a thread wakes that another one wakes, and whose home this is."""
@@ -358,15 +351,15 @@ class Cores:
             self._move(full.queue[-1], full, least)
 
     def _move(self, task: _Task, full: _Core, least: _Core) -> None:
-        full.remove(task, self._clock.now)
-        least.add(task, self._clock.now)
+        full.remove(task)
+        least.add(task, self._clock.now, at_once=True)
 
     def _set_rates(self, going: Sequence[_Task], closed: bool) -> None:
         """Say how fast they go: by their cores, by the lock, by what devices share."""
         assert self._count is not None  # noqa: S101 - asked by _plan
         cut = min(1.0, self._count / len(self._cores))
         for task in self._tasks:
-            task.rate = cut * task.runs / task.work.threads
+            task.rate = cut * task.pace()
         locked = 0.0 if closed else sum(task.rate * task.work.locked for task in going)
         slow = [t.work.beside for t in going if t.work.beside > 1.0 and t.rate]
         factor = 1.0 / max(1.0, locked)

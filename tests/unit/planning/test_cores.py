@@ -130,7 +130,7 @@ def test_threads_that_go_evenly_on_cores_have_even_shares(
 
 
 class Burst:
-    """A thread that works, sleeps for a random time, and works again."""
+    """A thread that works, sleeps for a random time (or not at all), and works again."""
 
     def __init__(self, clock: Clock, cores: Cores, work: float, sleep: float, seed: int) -> None:
         self._clock, self._cores, self._work, self._sleep = clock, cores, work, sleep
@@ -138,7 +138,8 @@ class Burst:
         self.waits: list[float] = []  # seconds that a burst took longer than its work
 
     def rest(self) -> None:
-        self._due = self._clock.now + self._dice.expovariate(1 / self._sleep)
+        sleep = self._dice.expovariate(1 / self._sleep) if self._sleep else 0.0
+        self._due = self._clock.now + sleep
         self._clock.at(self._due, self._begin)
 
     def _begin(self) -> None:
@@ -162,30 +163,72 @@ def _bursts(*threads: tuple[float, float]) -> list[Burst]:
     return found
 
 
+THREE = [(5.0, 28.0), (7.5, 25.0), (15.0, 18.0)]
+BUSY = [(10.0, 0.0), (10.0, 0.0)]
+
+
 @pytest.mark.parametrize(
     ("threads", "mean", "late"),
     [
         ([(8, 8), (8, 8)], 0.0, 0.0),
-        ([(8, 8), (8, 8), (8, 8)], 1.9, 6.1),
-        ([(5, 28), (7.5, 25), (15, 18)], 0.95, 4.0),
-        ([(2, 4), (2, 4), (2, 4)], 0.40, 1.4),
+        ([(8, 8), (8, 8), (8, 8)], 2.2, 7.1),
+        (THREE, 1.15, 4.7),
+        ([(2, 4), (2, 4), (2, 4)], 0.56, 2.05),
     ],
 )
 def test_threads_that_wake_wait_for_a_core_as_long_as_on_the_kernel(
     threads: list[tuple[float, float]], mean: float, late: float
 ) -> None:
-    """Measured in C on two virtual cores, Linux 6.18, less 0.13 ms that any timer comes late.
+    """Measured in C on two virtual cores, Linux 6.18: wall less CPU time, less the timer's 0.07 ms.
 
-    An idle core alone would make them wait for a quarter of that: it is not taken for idle.
+    The work asks the kernel for nothing: at a system call it would look who has the core, and a
+    turn would end there. An idle core alone would make them wait for a quarter of that.
     """
     waits = sorted(wait * 1e3 for one in _bursts(*threads) for wait in one.waits)
-    assert sum(waits) / len(waits) == pytest.approx(mean, rel=0.2, abs=0.01)
+    assert sum(waits) / len(waits) == pytest.approx(mean, rel=0.3, abs=0.01)
     assert waits[len(waits) * 9 // 10] == pytest.approx(late, rel=0.2, abs=0.01)
 
 
-def test_a_short_job_that_comes_often_has_its_core_at_once() -> None:
-    """An event loop: measured 0.12 ms on average beside three busy threads, and 2.1 at worst."""
-    busy = [(5.0, 28.0), (7.5, 25.0), (15.0, 18.0)]
-    waits = sorted(wait * 1e3 for wait in _bursts(*busy, (1.0, 4.0))[-1].waits)
-    assert sum(waits) / len(waits) < 0.4
-    assert waits[len(waits) * 9 // 10] < 1.1
+@pytest.mark.parametrize(
+    ("beside", "job", "mean", "last"),
+    [
+        ([(20.0, 5.0), (10.0, 5.0)], (0.2, 0.8), 0.15, 3.9),
+        (BUSY, (0.3, 1.2), 0.16, 3.8),
+        (BUSY, (1.0, 4.0), 0.62, 4.7),
+        (BUSY, (3.0, 12.0), 2.6, 6.3),
+        ([(10.0, 2.0), (10.0, 2.0)], (1.0, 4.0), 0.64, 4.8),
+        (THREE, (1.0, 4.0), 0.35, 4.4),
+    ],
+)
+def test_a_short_job_goes_first_and_loses_its_core_at_a_tick(
+    beside: list[tuple[float, float]], job: tuple[float, float], mean: float, last: float
+) -> None:
+    """An event loop, a decoder. Measured as above: the mean, and the 99th percentile."""
+    waits = sorted(wait * 1e3 for wait in _bursts(*beside, job)[-1].waits)
+    assert waits[len(waits) // 2] < 0.01 or job[0] >= 3.0
+    assert sum(waits) / len(waits) == pytest.approx(mean, rel=0.25, abs=0.06)
+    assert waits[len(waits) * 99 // 100] == pytest.approx(last, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("job", "longer"),
+    [((0.3, 1.2), 1.25), ((1.0, 4.0), 1.27), ((3.0, 12.0), 1.21), ((20.0, 80.0), 1.22)],
+)
+def test_two_threads_of_one_operator_wait_for_each_other(
+    job: tuple[float, float], longer: float
+) -> None:
+    """Measured: convolutions of two threads, 10 ms together, beside a thread that comes and goes.
+
+    Threads that shared what is left would take 1.10 times as long.
+    """
+    clock, ended = Clock(), list[float]()
+    cores = Cores(clock, 2)
+    Burst(clock, cores, job[0] / 1e3, job[1] / 1e3, 0).rest()
+
+    def again() -> None:
+        ended.append(clock.now)
+        cores.run(Work(0.010, 2, 0.0, math.inf, thread="two"), again)
+
+    again()
+    clock.run(60.0)
+    assert 60.0 / len(ended) == pytest.approx(0.010 * longer, rel=0.07)
